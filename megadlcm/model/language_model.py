@@ -1,0 +1,78 @@
+"""What DLCM and the dense control share: embedding, head, attention back-end, recomputation."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from megadlcm.config import ModelConfig
+from megadlcm.model.output import ModelOutput
+from megadlcm.model.transformer import Linear
+from megadlcm.ops.attention import choose_backend
+from megadlcm.ops.boundary import BoundarySampling
+
+
+class Embedding(nn.Embedding):
+    """A token embedding without torch's own initialisation (see `scaling`)."""
+
+    def reset_parameters(self) -> None:
+        """Leaves the weights to `initialize_parameters`."""
+
+
+class LanguageModel(nn.Module, ABC):
+    """A model from packed tokens to logits.
+
+    Args:
+        config: shape of the model.
+        output_scale: factor of the logits, 1 / width multiplier under muP.
+    """
+
+    def __init__(self, config: ModelConfig, output_scale: float) -> None:
+        super().__init__()
+        self.config = config
+        self.output_scale = output_scale
+        self.token_embedding = Embedding(config.vocab_size, config.d_token)
+        self.lm_head = Linear(config.d_token, config.vocab_size)
+
+    @property
+    @abstractmethod
+    def stacks(self) -> list[nn.Module]:
+        """The stacks of blocks, in the order of the computation."""
+
+    @abstractmethod
+    def forward(
+        self, tokens_T: Tensor, cu_seqlens: Tensor, sampling: BoundarySampling | None = None
+    ) -> ModelOutput:
+        """Predicts the next token of each token of packed documents."""
+
+    def logits(self, states_TD: Tensor) -> Tensor:
+        """Logits of the decoder's output, scaled for muP; (T, D) to (T, V)."""
+        # the narrow side is scaled: T x D numbers instead of T x V
+        return self.lm_head(states_TD * self.output_scale)
+
+    def backend(self) -> str:
+        """The attention back-end in use, with `auto` resolved for the weights' device and type."""
+        weight = self.token_embedding.weight
+        dtype = weight.dtype
+        if torch.is_autocast_enabled(weight.device.type):
+            dtype = torch.get_autocast_dtype(weight.device.type)
+        return choose_backend(self.config.attention_backend, weight.device, dtype)
+
+    def set_recompute(self, mode: str) -> None:
+        """Chooses activation recomputation.
+
+        Boundaries are computed outside of every recomputed block and handed in, so that they are
+        never drawn twice.
+
+        Args:
+            mode: `none`, or `block` to keep only the input of each block.
+
+        Raises:
+            ValueError: another mode.
+        """
+        if mode not in ("none", "block"):
+            raise ValueError(f"recompute={mode!r} must be none or block")
+        for stack in self.stacks:
+            stack.recompute = mode == "block"

@@ -1,0 +1,166 @@
+"""The transformer block and stack that tokens and concepts share (LLaMA style).
+
+Letters: T rows (tokens or concepts), D width, N heads, K key-value heads, H head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megadlcm.ops.attention import self_attention
+from megadlcm.ops.packing import Packing
+from megadlcm.ops.rotary import Rotation, rotate, rotation
+
+
+@dataclass(frozen=True)
+class StackShape:
+    """Sizes of one stack of blocks."""
+
+    num_layers: int
+    width: int
+    num_heads: int
+    num_kv_heads: int
+    ffn_size: int
+    norm_eps: float
+    rope_theta: float
+    qk_norm: bool
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.width // self.num_heads
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) * gain over the last dimension, in fp32 or wider."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.gain = nn.Parameter(torch.ones(width))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Normalises (..., width)."""
+        return F.rms_norm(states, self.gain.shape, self.gain.to(states.dtype), self.eps)
+
+
+class Linear(nn.Linear):
+    """A matrix without bias and without torch's own initialisation (see `scaling`)."""
+
+    def __init__(self, fan_in: int, fan_out: int) -> None:
+        super().__init__(fan_in, fan_out, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Leaves the weights to `initialize_parameters`, which knows the width groups."""
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions and grouped key-value heads."""
+
+    def __init__(self, shape: StackShape) -> None:
+        super().__init__()
+        self.head_size = shape.head_size
+        kv_width = shape.num_kv_heads * shape.head_size
+        self.wq = Linear(shape.width, shape.width)
+        self.wk = Linear(shape.width, kv_width)
+        self.wv = Linear(shape.width, kv_width)
+        self.wo = Linear(shape.width, shape.width)
+        self.query_norm = RMSNorm(shape.head_size, shape.norm_eps) if shape.qk_norm else None
+        self.key_norm = RMSNorm(shape.head_size, shape.norm_eps) if shape.qk_norm else None
+
+    def project(self, states_TD: Tensor, rotary: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (T, N, H), keys and values (T, K, H), rotated."""
+        # -1 and not a head count: a split layer holds only its own heads
+        query, key, value = (
+            layer(states_TD).unflatten(-1, (-1, self.head_size))
+            for layer in (self.wq, self.wk, self.wv)
+        )
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        return rotate(query, rotary), rotate(key, rotary), value
+
+    def forward(
+        self, states_TD: Tensor, rotary: Rotation, packing: Packing, backend: str
+    ) -> Tensor:
+        """Attends inside each document; (T, D) to (T, D)."""
+        query, key, value = self.project(states_TD, rotary)
+        return self.wo(self_attention(query, key, value, packing, backend).flatten(1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: W_down (silu(W_gate x) * W_up x)."""
+
+    def __init__(self, width: int, ffn_size: int) -> None:
+        super().__init__()
+        self.w_gate = Linear(width, ffn_size)
+        self.w_up = Linear(width, ffn_size)
+        self.w_down = Linear(ffn_size, width)
+
+    def forward(self, states_TD: Tensor) -> Tensor:
+        """(T, D) to (T, D)."""
+        return self.w_down(F.silu(self.w_gate(states_TD)) * self.w_up(states_TD))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, shape: StackShape) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(shape.width, shape.norm_eps)
+        self.attention = Attention(shape)
+        self.feed_forward_norm = RMSNorm(shape.width, shape.norm_eps)
+        self.feed_forward = FeedForward(shape.width, shape.ffn_size)
+
+    def forward(
+        self, states_TD: Tensor, rotary: Rotation, packing: Packing, backend: str
+    ) -> Tensor:
+        """(T, D) to (T, D)."""
+        normed_TD = self.attention_norm(states_TD)
+        states_TD = states_TD + self.attention(normed_TD, rotary, packing, backend)
+        return states_TD + self.feed_forward(self.feed_forward_norm(states_TD))
+
+
+class Stack(nn.Module):
+    """Blocks of one width, then RMSNorm; tokens and concepts use the same class."""
+
+    def __init__(self, shape: StackShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.num_layers))
+        self.norm = RMSNorm(shape.width, shape.norm_eps)
+        self.recompute = False
+
+    def forward(self, states_TD: Tensor, packing: Packing, backend: str) -> Tensor:
+        """Runs the blocks over packed rows.
+
+        Args:
+            states_TD: (T, D).
+            packing: the documents (tokens) or the concepts of each document.
+            backend: attention back-end.
+
+        Returns:
+            (T, D), normalised.
+        """
+        rotary = rotation(
+            packing.position, self.shape.head_size, self.shape.rope_theta, states_TD.dtype
+        )
+        for block in self.blocks:
+            if self.recompute and torch.is_grad_enabled():
+                # no block draws random numbers, so there is no generator state to keep
+                states_TD = checkpoint(
+                    block,
+                    states_TD,
+                    rotary,
+                    packing,
+                    backend,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
+            else:
+                states_TD = block(states_TD, rotary, packing, backend)
+        return self.norm(states_TD)

@@ -1,0 +1,200 @@
+"""Variable-length attention over packed documents: one signature, several back-ends.
+
+`reference` runs anywhere and document by document, so nothing is padded. `flash_attn` needs the
+package of that name, `varlen` torch's own kernel; both need CUDA and a half-precision type.
+
+Letters: T query rows, U key rows, N heads, K key-value heads, H head size.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import logging
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megadlcm.ops.packing import Packing
+from megadlcm.ops.segments import ConceptLayout, count_bias, replicate
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("reference", "flash_attn", "varlen")
+_HALF_TYPES = (torch.float16, torch.bfloat16)
+
+
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Resolves `auto` to the fastest back-end that can run here.
+
+    Args:
+        name: `auto` or one of `BACKENDS`.
+        device: where the model runs.
+        dtype: type of the queries, keys and values.
+
+    Returns:
+        One of `BACKENDS`.
+
+    Raises:
+        ValueError: a back-end that was named cannot run here.
+    """
+    usable = device.type == "cuda" and dtype in _HALF_TYPES
+    installed = {"flash_attn": _has_flash_attn(), "varlen": _has_varlen()}
+    if name == "auto":
+        fast = [backend for backend in ("flash_attn", "varlen") if usable and installed[backend]]
+        return fast[0] if fast else "reference"
+    if name == "reference":
+        return name
+    if not usable or not installed[name]:
+        raise ValueError(
+            f"model.attention_backend={name} needs CUDA, a half-precision type and its package "
+            f"(device {device.type}, {str(dtype).removeprefix('torch.')}, installed "
+            f"{installed[name]}): choose auto or reference"
+        )
+    return name
+
+
+def self_attention(
+    query_TNH: Tensor, key_TKH: Tensor, value_TKH: Tensor, packing: Packing, backend: str
+) -> Tensor:
+    """Causal attention of each document's rows to the same document's earlier rows.
+
+    softmax(Q K^T / sqrt(H)) V; each key-value head serves N / K query heads.
+
+    Args:
+        query_TNH: queries.
+        key_TKH: keys.
+        value_TKH: values.
+        packing: the documents.
+        backend: one of `BACKENDS`.
+
+    Returns:
+        (T, N, H).
+    """
+    if backend != "reference":
+        kernel = _flash_attention if backend == "flash_attn" else _varlen_attention
+        return kernel(query_TNH, key_TKH, value_TKH, packing)
+    if packing.num_documents == 1:
+        return _document_attention(query_TNH, key_TKH, value_TKH, None)
+    outputs = [
+        _document_attention(query_TNH[rows], key_TKH[rows], value_TKH[rows], None, count)
+        for rows, count in _equal_length_runs(packing)
+    ]
+    return torch.cat(outputs)
+
+
+def concept_attention(
+    query_TNH: Tensor,
+    key_MKH: Tensor,
+    value_MKH: Tensor,
+    packing: Packing,
+    layout: ConceptLayout,
+    weighting: str,
+    backend: str,
+) -> Tensor:
+    """Causal attention of tokens to the concepts that are complete when the token is read.
+
+    softmax(Q K^T / sqrt(H) + mask) V (Eq. 14), where the mask also holds log n_k(t) for
+    `count` (see `count_bias`). The kernels run `count` over replicated concepts (Eq. 17), which
+    is the same function; no kernel expresses `uniform`, so that weighting uses the reference.
+
+    Args:
+        query_TNH: queries of the tokens.
+        key_MKH: keys of the concepts.
+        value_MKH: values of the concepts.
+        packing: the documents.
+        layout: the concepts.
+        weighting: `count` or `uniform`.
+        backend: one of `BACKENDS`.
+
+    Returns:
+        (T, N, H).
+    """
+    if backend != "reference" and weighting == "count":
+        key_TKH, value_TKH = replicate(key_MKH, layout), replicate(value_MKH, layout)
+        return self_attention(query_TNH, key_TKH, value_TKH, packing, backend)
+    outputs = []
+    for document in range(packing.num_documents):
+        rows = slice(*packing.bounds[document : document + 2])
+        concepts = slice(*layout.packing.bounds[document : document + 2])
+        bias = count_bias(
+            layout.visible_concept_T[rows],
+            concepts.start,
+            concepts.stop - concepts.start,
+            weighting,
+        )
+        outputs.append(
+            _document_attention(
+                query_TNH[rows], key_MKH[concepts], value_MKH[concepts], bias.to(query_TNH.dtype)
+            )
+        )
+    return torch.cat(outputs)
+
+
+def _equal_length_runs(packing: Packing) -> Iterator[tuple[slice, int]]:
+    """Joins neighbouring documents of equal length: windows of one long text are the usual case."""
+    start, length, count = 0, 0, 0
+    for next_length in [*packing.lengths, 0]:
+        if next_length != length and count:
+            yield slice(start, start + length * count), count
+            start, count = start + length * count, 0
+        length, count = next_length, count + 1
+
+
+def _document_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, count: int = 1
+) -> Tensor:
+    """Attention inside `count` documents of equal length laid end to end."""
+    grouped = query.shape[1] != key.shape[1]
+    states = (
+        part.view(count, -1, *part.shape[1:]).transpose(1, 2) for part in (query, key, value)
+    )
+    output = F.scaled_dot_product_attention(
+        *states, attn_mask=bias, is_causal=bias is None, enable_gqa=grouped
+    )
+    return output.transpose(1, 2).reshape(query.shape)
+
+
+def _flash_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    cu_seqlens, longest = packing.cu_seqlens, packing.max_seqlen
+    return flash_attn_varlen_func(
+        query, key, value, cu_seqlens, cu_seqlens, longest, longest, causal=True
+    )
+
+
+def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    options = _varlen_options()
+    if query.shape[1] != key.shape[1] and "enable_gqa" not in options:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = (part.repeat_interleave(repeats, dim=1) for part in (key, value))
+    cu_seqlens, longest = packing.cu_seqlens, packing.max_seqlen
+    return varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options)
+
+
+@functools.cache
+def _varlen_options() -> dict[str, object]:
+    """Says causal, grouped attention in the words of the installed torch (they changed)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters
+    options: dict[str, object] = (
+        {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    )
+    return options | ({"enable_gqa": True} if "enable_gqa" in known else {})
+
+
+@functools.cache
+def _has_flash_attn() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+@functools.cache
+def _has_varlen() -> bool:
+    return importlib.util.find_spec("torch.nn.attention.varlen") is not None

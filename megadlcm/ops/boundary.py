@@ -1,0 +1,185 @@
+"""Boundary scores and decisions (DLCM Eq. 5-6; sharpening from ConceptMoE Eq. 5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megadlcm.ops.packing import Packing
+from megadlcm.ops.random import uniform
+
+NUM_PROBABILITY_BINS = 1024
+
+
+@dataclass(frozen=True)
+class BoundarySampling:
+    """Names the random draws of one packed batch in training."""
+
+    seed: int
+    """Seed of the run."""
+    step: int
+    """Optimizer step, counted from 0."""
+    token_index_T: Tensor
+    """Index of each token in the global batch, int64 (T,)."""
+
+
+def neighbour_cosine(query_TD: Tensor, key_TD: Tensor) -> Tensor:
+    """Cosine between the query of each token's predecessor and its own key.
+
+    cos_t = <q_(t-1), k_t> / (|q_(t-1)| |k_t|) (Eq. 6), in fp32 or wider: bf16 flips one decision
+    in two hundred. Row 0 is 0; rows that start a document hold a value that the caller replaces.
+
+    Args:
+        query_TD: queries (T, D).
+        key_TD: keys (T, D).
+
+    Returns:
+        (T,), fp32 (fp64 for fp64 input).
+    """
+    wide = torch.promote_types(query_TD.dtype, torch.float32)
+    query_TD = F.normalize(query_TD.to(wide), dim=-1)
+    key_TD = F.normalize(key_TD.to(wide), dim=-1)
+    cosine = (query_TD[:-1] * key_TD[1:]).sum(-1)
+    return F.pad(cosine, (1, 0))
+
+
+def boundary_probability(
+    cosine_T: Tensor, packing: Packing, offset: Tensor | float = 0.0
+) -> Tensor:
+    """Dissimilarity of neighbours as a probability: p_t = clamp((1 - cos_t + offset) / 2, 0, 1).
+
+    The first token of a document has p = 1 (it has no predecessor, and the previous document
+    must not be one). `offset` is 0 in the paper; see `BoundaryDetector.calibrate`.
+
+    Args:
+        cosine_T: neighbour cosines (T,).
+        packing: the documents.
+        offset: scalar added to the dissimilarity.
+
+    Returns:
+        (T,) in the dtype of `cosine_T`.
+    """
+    prob_T = ((1.0 - cosine_T + offset) / 2).clamp(0.0, 1.0)
+    return torch.where(packing.position == 0, torch.ones_like(prob_T), prob_T)
+
+
+def sharpen(prob_T: Tensor, sharpening: float) -> Tensor:
+    """Moves a probability towards the decision that thresholding would take.
+
+    p^(1/a) for p >= 0.5, 1 - (1-p)^(1/a) below (ConceptMoE Eq. 5). a = 1 changes nothing and
+    a -> infinity is the hard threshold; a = 6 flips about one decision in twenty.
+
+    Args:
+        prob_T: probabilities, any shape.
+        sharpening: a, at least 1.
+
+    Returns:
+        Same shape and dtype.
+    """
+    power = 1.0 / sharpening
+    return torch.where(prob_T >= 0.5, prob_T**power, 1.0 - (1.0 - prob_T) ** power)
+
+
+def sample_boundaries(
+    prob_T: Tensor, sharpening: float, sampling: BoundarySampling, packing: Packing
+) -> Tensor:
+    """Draws b_t ~ Bernoulli(sharpen(p_t)), one counter-based draw for each token.
+
+    Args:
+        prob_T: boundary probabilities (T,).
+        sharpening: see `sharpen`.
+        sampling: names the draws.
+        packing: the documents; each starts with a boundary whatever is drawn.
+
+    Returns:
+        bool (T,).
+    """
+    draw_T = uniform(sampling.seed, sampling.step, sampling.token_index_T)
+    return (draw_T < sharpen(prob_T.detach(), sharpening)) | (packing.position == 0)
+
+
+def threshold_boundaries(
+    prob_T: Tensor, packing: Packing, threshold: Tensor | float = 0.5
+) -> Tensor:
+    """Decides b_t = [p_t >= threshold]; a tie is a boundary, in training, evaluation and decoding.
+
+    Args:
+        prob_T: boundary probabilities (T,).
+        packing: the documents; each starts with a boundary.
+        threshold: 0.5, or the tracked quantile of mode `rule`.
+
+    Returns:
+        bool (T,).
+    """
+    return (prob_T.detach() >= threshold) | (packing.position == 0)
+
+
+def fixed_boundaries(packing: Packing, tokens_per_concept: float) -> Tensor:
+    """Places a boundary every `tokens_per_concept` tokens of each document.
+
+    b_t = [floor(t / R) > floor((t-1) / R)], so that R need not be an integer.
+
+    Args:
+        packing: the documents.
+        tokens_per_concept: R, at least 1.
+
+    Returns:
+        bool (T,).
+    """
+    position = packing.position.double()
+    return (position / tokens_per_concept).floor() > ((position - 1) / tokens_per_concept).floor()
+
+
+def limit_segments(mask_T: Tensor, packing: Packing, max_tokens: int) -> Tensor:
+    """Adds a boundary wherever `max_tokens` tokens have passed since the last one.
+
+    The added boundary at t depends on boundaries at or before t only, so it is causal.
+
+    Args:
+        mask_T: boundaries, bool (T,), true at each document start.
+        packing: the documents.
+        max_tokens: longest distance between boundaries, at least 2.
+
+    Returns:
+        bool (T,).
+    """
+    index_T = torch.arange(packing.num_rows, device=mask_T.device)
+    last_T = torch.where(mask_T, index_T, torch.zeros_like(index_T)).cummax(0).values
+    return mask_T | ((index_T - last_T) % max_tokens == 0)
+
+
+def probability_histogram(prob_T: Tensor, packing: Packing) -> Tensor:
+    """Counts the probabilities of tokens that have a predecessor, in equal bins over [0, 1].
+
+    Args:
+        prob_T: probabilities (T,).
+        packing: the documents; document starts are left out.
+
+    Returns:
+        int64 (1024,).
+    """
+    inner = prob_T.detach()[packing.position > 0]
+    bins = (inner * NUM_PROBABILITY_BINS).long().clamp_(max=NUM_PROBABILITY_BINS - 1)
+    return torch.bincount(bins, minlength=NUM_PROBABILITY_BINS)
+
+
+def histogram_quantile(histogram: Tensor, share_above: float) -> Tensor:
+    """Finds the value that leaves `share_above` of the counted probabilities at or above it.
+
+    Args:
+        histogram: counts in equal bins over [0, 1], integer (bins,).
+        share_above: wanted share, in (0, 1).
+
+    Returns:
+        fp32 scalar, interpolated inside its bin.
+    """
+    counts = histogram.double()
+    above = counts.flip(0).cumsum(0).flip(0)
+    wanted = share_above * counts.sum()
+    bin_index = int((above >= wanted).nonzero().max()) if counts.sum() > 0 else 0
+    inside = counts[bin_index].clamp(min=1.0)
+    fraction = ((above[bin_index] - wanted) / inside).clamp(0.0, 1.0)
+    return ((bin_index + fraction) / histogram.numel()).to(torch.float32)
