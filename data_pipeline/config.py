@@ -79,7 +79,7 @@ class DataConfig:
                     )
 
     def sources(self, split: str) -> tuple[SourceConfig, ...]:
-        """Returns the sources of a split, "train" or "valid"; raises InputError for another name."""
+        """Returns the sources of "train" or "valid"; raises InputError for another name."""
         if split not in ("train", "valid"):
             raise InputError(f"split = {split!r}, must be 'train' or 'valid'; choose one of them")
         return self.train if split == "train" else self.valid

@@ -6,5 +6,5 @@ from __future__ import annotations
 class InputError(ValueError):
     """Says in one line which key has which value, the rule it breaks, and the way out.
 
-    The command line prints ``error: <message>`` and exits with 2; it never shows a traceback for it.
+    The command line prints `error: <message>` and exits with 2; it shows no traceback.
     """

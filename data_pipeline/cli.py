@@ -1,0 +1,182 @@
+"""`megadlcm data tokenizer | prepare | inspect | verify`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+PREPARE_EXAMPLE = """\
+example:
+  megadlcm data prepare --input 'corpus/en/*.jsonl.gz' --input 'corpus/zh/*.jsonl.gz' \\
+      --tokenizer tokenizer.json --output shards/mix
+
+inputs: .txt (one file, one document); .jsonl, .jsonl.gz, .jsonl.zst (one object a line with a
+`text` and, if known, id, domain and source); a directory (every text file below it)."""
+
+TOKENIZER_EXAMPLE = """\
+example:
+  megadlcm data tokenizer --input 'corpus/**/*.jsonl.gz' --vocab-size 32000 \\
+      --output tokenizer.json"""
+
+INSPECT_EXAMPLE = """\
+example:
+  megadlcm data inspect shards/mix"""
+
+VERIFY_EXAMPLE = """\
+example:
+  megadlcm data verify shards/mix"""
+
+
+def add_data_parser(subparsers: Any) -> None:
+    """Adds `data` and its commands; each sets func(namespace) -> exit code.
+
+    Args:
+        subparsers: what argparse's add_subparsers returned (its type has no public name).
+    """
+    data = subparsers.add_parser("data", help="tokenizers and shard folders", allow_abbrev=False)
+    commands = data.add_subparsers(dest="data_command", metavar="COMMAND", required=True)
+
+    tokenizer = _add(commands, "tokenizer", "train a byte-level BPE tokenizer", TOKENIZER_EXAMPLE)
+    _add_input(tokenizer)
+    tokenizer.add_argument("--vocab-size", type=int, required=True, metavar="N")
+    tokenizer.add_argument("--output", type=Path, required=True, metavar="FILE")
+    tokenizer.set_defaults(func=run_tokenizer)
+
+    prepare = _add(commands, "prepare", "text to WebDataset shards and an index", PREPARE_EXAMPLE)
+    _add_input(prepare)
+    prepare.add_argument(
+        "--tokenizer",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="tokenizer.json, or a folder with it or with vocab.json and merges.txt",
+    )
+    prepare.add_argument("--output", type=Path, required=True, metavar="DIR")
+    prepare.add_argument(
+        "--shard-tokens", type=int, default=10_000_000, metavar="N", help="default: %(default)s"
+    )
+    prepare.add_argument(
+        "--domain",
+        metavar="NAME",
+        help="domain of documents that name none (default: code in source trees, else text)",
+    )
+    prepare.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="encoding processes (default: 1)"
+    )
+    prepare.add_argument("--skip-empty", action="store_true", help="leave out empty documents")
+    prepare.add_argument("--overwrite", action="store_true", help="replace finished shards")
+    prepare.set_defaults(func=run_prepare)
+
+    inspect = _add(commands, "inspect", "what is in a shard folder", INSPECT_EXAMPLE)
+    inspect.add_argument("folder", type=Path, metavar="DIR")
+    inspect.set_defaults(func=run_inspect)
+
+    verify = _add(commands, "verify", "check every byte of a shard folder", VERIFY_EXAMPLE)
+    verify.add_argument("folder", type=Path, metavar="DIR")
+    verify.set_defaults(func=run_verify)
+
+
+def run_tokenizer(arguments: argparse.Namespace) -> int:
+    """Trains a tokenizer on the documents and writes its tokenizer.json."""
+    from data_pipeline.documents import ReadCounts, find_inputs, read_documents
+    from data_pipeline.progress import Progress
+    from data_pipeline.tokenizer import load_tokenizer, train_tokenizer
+
+    files = find_inputs(arguments.input)
+    counts = ReadCounts()
+    total = sum(file.path.stat().st_size for file in files)
+    with Progress("read", total, "documents") as progress:
+
+        def texts() -> Any:
+            documents = read_documents(files, counts, skip_empty=True)
+            for number, document in enumerate(documents, start=1):
+                progress.update(counts.done_bytes, number)
+                yield document.text
+
+        contents = train_tokenizer(texts(), arguments.vocab_size)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = arguments.output.with_name(f"{arguments.output.name}.unfinished")
+    unfinished.write_bytes(contents)
+    os.replace(unfinished, arguments.output)
+    trained = load_tokenizer(arguments.output)
+    print(f"{arguments.output}: {trained.vocab_size:,} entries, eos {trained.eos_id}")
+    if trained.vocab_size < arguments.vocab_size:
+        print(f"the text gave no more than that; --vocab-size was {arguments.vocab_size:,}")
+    return 0
+
+
+def run_prepare(arguments: argparse.Namespace) -> int:
+    """Writes a shard folder and prints what is in it by domain."""
+    from data_pipeline.inspect import domain_table
+    from data_pipeline.write_shards import PrepareOptions, prepare
+
+    options = PrepareOptions(
+        inputs=tuple(arguments.input),
+        tokenizer=arguments.tokenizer,
+        output=arguments.output,
+        shard_tokens=arguments.shard_tokens,
+        domain=arguments.domain,
+        workers=arguments.workers,
+        skip_empty=arguments.skip_empty,
+        overwrite=arguments.overwrite,
+    )
+    index, counts = prepare(options)
+    print(domain_table(index.domains))
+    if counts.skipped_empty or counts.skipped_binary:
+        print(f"left out: {counts.skipped_empty} empty, {counts.skipped_binary} binary")
+    print(f"{options.output}: {len(index.shards):,} shards")
+    return 0
+
+
+def run_inspect(arguments: argparse.Namespace) -> int:
+    """Prints shards, tokenizer and domains of a shard folder."""
+    from data_pipeline.index import read_index
+    from data_pipeline.inspect import describe
+
+    print(describe(read_index(arguments.folder)))
+    return 0
+
+
+def run_verify(arguments: argparse.Namespace) -> int:
+    """Prints every problem of a shard folder; 2 where there is one."""
+    from data_pipeline.index import read_index
+    from data_pipeline.verify import verify_folder
+
+    index = read_index(arguments.folder)
+    num_problems = 0
+    for problem in verify_folder(index):
+        print(f"error: {problem}", file=sys.stderr)
+        num_problems += 1
+    if num_problems:
+        print(f"{arguments.folder}: {num_problems} problems; prepare it again", file=sys.stderr)
+        return 2
+    print(
+        f"{arguments.folder}: {len(index.shards):,} shards, {index.num_documents:,} documents, "
+        f"{index.num_tokens:,} tokens, all as written"
+    )
+    return 0
+
+
+def _add(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    return parser
+
+
+def _add_input(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--input",
+        action="append",
+        required=True,
+        metavar="GLOB",
+        help="file, glob in quotes, or directory; may be repeated",
+    )

@@ -1,0 +1,198 @@
+"""Which stream positions a window covers: pure functions of (seed, source, window number).
+
+Nest, per source and epoch:
+
+    shards permuted -> documents permuted inside each shard -> one stream of tokens
+    stream -> windows of seq_len, the last one shorter -> permuted inside blocks of windows
+
+A document of n tokens takes n + 1 places of the stream (inputs [eos, t1..tn], labels
+[t1..tn, eos]), so every epoch has the same N stream tokens and ceil(N / seq_len) windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+
+# One number per purpose keeps the generators of a seed apart.
+SHARD_ORDER, DOCUMENT_ORDER, WINDOW_ORDER, MIXTURE_ORDER = range(4)
+
+
+class WindowPlace(NamedTuple):
+    """Where the k-th sample of a source lies."""
+
+    epoch: int
+    start: int
+    """First stream position of the epoch that it covers."""
+    stop: int
+    """One past its last stream position."""
+
+
+class StreamPiece(NamedTuple):
+    """A stretch of one document inside a window."""
+
+    shard: int
+    document: int
+    """Row of the shard's document table."""
+    start: int
+    """First position in the document's own stream of num_tokens + 1 places."""
+    stop: int
+
+
+class LeastRecent(Generic[Key, Value]):
+    """Keeps the last `capacity` values it was asked for; making one again must change nothing."""
+
+    def __init__(self, capacity: int, discard: Callable[[Value], object] | None = None) -> None:
+        """Keeps at most `capacity` values; `discard` is called with each one let go."""
+        self._values: dict[Key, Value] = {}
+        self._capacity = capacity
+        self._discard = discard
+
+    def get_or_make(self, key: Key, make: Callable[[], Value]) -> Value:
+        """Returns the value of the key, made where it is not kept."""
+        value = self._values.pop(key) if key in self._values else make()
+        self._values[key] = value  # reinserted last: dicts keep insertion order
+        if len(self._values) > self._capacity:
+            self._let_go(next(iter(self._values)))
+        return value
+
+    def clear(self) -> None:
+        """Lets every value go."""
+        while self._values:
+            self._let_go(next(iter(self._values)))
+
+    def _let_go(self, key: Key) -> None:
+        value = self._values.pop(key)
+        if self._discard is not None:
+            self._discard(value)
+
+
+def permutation(size: int, seed: int, *key: int) -> np.ndarray:
+    """Returns a random order of 0..size-1 that depends on (seed, key, size) alone.
+
+    Sorts raw Philox words: numpy promises those bits across versions, and not those of
+    Generator.permutation, so a run resumed after an upgrade reads the same order.
+
+    Args:
+        size: number of items.
+        seed: >= 0.
+        key: >= 0; purpose first, then source, epoch, ...
+
+    Returns:
+        int64 (size,).
+    """
+    words = np.random.Philox(np.random.SeedSequence((seed, *key))).random_raw(size)
+    return np.argsort(words, kind="stable")
+
+
+class ShardOrder(NamedTuple):
+    """The shards of one epoch."""
+
+    shards: np.ndarray
+    """int64 (num_shards,): shard numbers in reading order."""
+    starts: np.ndarray
+    """int64 (num_shards + 1,): stream position where each begins; the last entry is N."""
+
+
+class DocumentOrder(NamedTuple):
+    """The documents of one shard in one epoch."""
+
+    documents: np.ndarray
+    """int64 (num_documents,): table rows in reading order."""
+    starts: np.ndarray
+    """int64 (num_documents + 1,): place inside the shard's stretch where each begins."""
+
+
+class SourceOrder:
+    """The order of one source; caches hold only what the functions above would give again."""
+
+    def __init__(
+        self,
+        shard_stream_tokens: np.ndarray,
+        document_stream_tokens: Callable[[int], np.ndarray],
+        *,
+        seq_len: int,
+        seed: int,
+        source: int,
+        shuffle_block: int,
+    ) -> None:
+        """Prepares the order; reads no document table yet.
+
+        Args:
+            shard_stream_tokens: int64 (num_shards,), tokens + documents of each shard.
+            document_stream_tokens: shard number -> int64 (num_documents,), num_tokens + 1 each.
+            seq_len: stream tokens of a window.
+            seed: seed of the run's data order.
+            source: number of the source in its list.
+            shuffle_block: windows permuted among themselves.
+        """
+        self._shard_stream_tokens = shard_stream_tokens
+        self._document_stream_tokens = document_stream_tokens
+        self._seq_len = seq_len
+        self._seed = seed
+        self._source = source
+        self._shuffle_block = shuffle_block
+        self.num_stream_tokens = int(shard_stream_tokens.sum())
+        self.num_windows = -(-self.num_stream_tokens // seq_len)
+        self._shard_orders: LeastRecent[int, ShardOrder] = LeastRecent(2)
+        self._document_orders: LeastRecent[tuple[int, int], DocumentOrder] = LeastRecent(64)
+        self._block_orders: LeastRecent[tuple[int, int], np.ndarray] = LeastRecent(4)
+
+    def place(self, number: int) -> WindowPlace:
+        """Returns the place of the source's sample `number`, O(1) in the number."""
+        epoch, position = divmod(number, self.num_windows)
+        block, offset = divmod(position, self._shuffle_block)
+        first = block * self._shuffle_block
+        size = min(self._shuffle_block, self.num_windows - first)
+        order = self._block_orders.get_or_make(
+            (epoch, block),
+            lambda: permutation(size, self._seed, WINDOW_ORDER, self._source, epoch, block),
+        )
+        start = (first + int(order[offset])) * self._seq_len
+        return WindowPlace(epoch, start, min(start + self._seq_len, self.num_stream_tokens))
+
+    def pieces(self, place: WindowPlace) -> list[StreamPiece]:
+        """Returns the stretches of documents that fill a window, in stream order."""
+        shards = self._shards(place.epoch)
+        turn = int(np.searchsorted(shards.starts, place.start, side="right")) - 1
+        found: list[StreamPiece] = []
+        position = place.start
+        while position < place.stop:
+            shard, base = int(shards.shards[turn]), int(shards.starts[turn])
+            documents = self._documents(place.epoch, shard)
+            stop = min(place.stop, int(shards.starts[turn + 1]))
+            row = int(np.searchsorted(documents.starts, position - base, side="right")) - 1
+            while position < stop:
+                first = base + int(documents.starts[row])
+                end = min(stop, base + int(documents.starts[row + 1]))
+                document = int(documents.documents[row])
+                found.append(StreamPiece(shard, document, position - first, end - first))
+                position, row = end, row + 1
+            turn += 1
+        return found
+
+    def _shards(self, epoch: int) -> ShardOrder:
+        def make() -> ShardOrder:
+            size = len(self._shard_stream_tokens)
+            order = permutation(size, self._seed, SHARD_ORDER, self._source, epoch)
+            return ShardOrder(order, _starts(self._shard_stream_tokens[order]))
+
+        return self._shard_orders.get_or_make(epoch, make)
+
+    def _documents(self, epoch: int, shard: int) -> DocumentOrder:
+        def make() -> DocumentOrder:
+            sizes = self._document_stream_tokens(shard)
+            key = (DOCUMENT_ORDER, self._source, epoch, shard)
+            order = permutation(len(sizes), self._seed, *key)
+            return DocumentOrder(order, _starts(sizes[order]))
+
+        return self._document_orders.get_or_make((epoch, shard), make)
+
+
+def _starts(sizes: np.ndarray) -> np.ndarray:
+    return np.concatenate(([0], np.cumsum(sizes, dtype=np.int64)))

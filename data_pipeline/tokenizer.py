@@ -1,0 +1,189 @@
+"""Byte-level BPE tokenizers: load one, train one; text is always taken literally."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+
+from data_pipeline.errors import InputError
+
+EOS_NAMES = ("<|endoftext|>", "</s>", "<|eos|>")
+TOKENIZER_FILE = "tokenizer.json"
+SMALLEST_VOCAB = 257  # 256 bytes and the end-of-text token
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A byte-level tokenizer that never reads a special token out of a text."""
+
+    path: Path
+    """Where it was loaded from."""
+
+    contents: bytes = field(repr=False)
+    """Bytes of the tokenizer.json that stands for it; kept with every shard folder."""
+
+    sha256: str
+    """Hex digest of `contents`: two shard folders fit together when theirs are equal."""
+
+    vocab_size: int
+    """One more than the largest token id."""
+
+    eos_id: int
+    """Token that opens every document and closes its labels."""
+
+    backend: tokenizers.Tokenizer = field(repr=False, compare=False)
+    """The library's object."""
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the tokens of a text alone: no special token is added or recognised."""
+        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns `encode` of each text, computed by all cores."""
+        batch = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in batch]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Returns the text of the tokens; special tokens are shown by their name."""
+        text: str = self.backend.decode([int(token) for token in ids], skip_special_tokens=False)
+        return text
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Loads a tokenizer.json, or a folder with a tokenizer.json or with vocab.json and merges.txt.
+
+    Raises:
+        InputError: nothing to load there, an unreadable file, or no end-of-text token.
+    """
+    path = Path(path)
+    file = path / TOKENIZER_FILE if path.is_dir() else path
+    vocab, merges = path / "vocab.json", path / "merges.txt"
+    if not file.is_file() and vocab.is_file() and merges.is_file():
+        backend = _from_vocabulary(vocab, merges)
+        eos, _ = _end_of_text(backend, path)
+        backend.add_special_tokens([AddedToken(eos, special=True, normalized=False)])
+        contents = backend.to_str(pretty=True).encode("utf-8")
+        return _wrap(backend, path, contents)
+    if not file.is_file():
+        raise InputError(
+            f"tokenizer {path}: no such file, and no folder with tokenizer.json or vocab.json and "
+            "merges.txt; train one with `megadlcm data tokenizer`"
+        )
+    contents = file.read_bytes()
+    try:
+        backend = tokenizers.Tokenizer.from_buffer(contents)
+    except Exception as error:  # the library raises bare Exception
+        raise InputError(
+            f"tokenizer {file}: not a tokenizer.json of the tokenizers library "
+            f"({_one_line(error)}); train one with `megadlcm data tokenizer`"
+        ) from error
+    return _wrap(backend, file, contents)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
+    """Trains a byte-level BPE tokenizer and returns its tokenizer.json.
+
+    The same texts in the same order give the same bytes.
+
+    Args:
+        texts: documents; read once.
+        vocab_size: most entries it may have, `<|endoftext|>` (id 0) and the 256 bytes included.
+
+    Raises:
+        InputError: the vocabulary cannot hold every byte, or there is no text.
+    """
+    if vocab_size < SMALLEST_VOCAB:
+        raise InputError(
+            f"--vocab-size {vocab_size}: must be >= {SMALLEST_VOCAB} (256 bytes and "
+            f"{EOS_NAMES[0]}); choose a larger one"
+        )
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS_NAMES[0]],
+        # Sorted: the library hands the alphabet over in hash order, ids must not follow it.
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    counted = _CountedTexts(texts)
+    backend.train_from_iterator(counted, trainer)
+    if counted.num_texts == 0:
+        raise InputError("--input: no documents to train on; check the pattern")
+    contents: bytes = backend.to_str(pretty=True).encode("utf-8")
+    return contents
+
+
+class _CountedTexts:
+    """Passes texts on and remembers how many there were."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self.num_texts = 0
+        self._texts = texts
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self._texts:
+            self.num_texts += 1
+            yield text
+
+
+def _from_vocabulary(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
+    """Builds GPT-2's kind of tokenizer from its two files."""
+    try:
+        model = models.BPE.from_file(str(vocab), str(merges))
+    except Exception as error:  # the library raises bare Exception
+        raise InputError(
+            f"tokenizer {vocab.parent}: vocab.json and merges.txt do not make a BPE tokenizer "
+            f"({_one_line(error)}); fetch both files again"
+        ) from error
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _end_of_text(backend: tokenizers.Tokenizer, path: Path) -> tuple[str, int]:
+    """Returns name and id of the end-of-text token; raises InputError where there is none."""
+    for name in EOS_NAMES:
+        token = backend.token_to_id(name)
+        if token is not None:
+            return name, token
+    raise InputError(
+        f"tokenizer {path}: no end-of-text token, one of {', '.join(EOS_NAMES)} is needed; "
+        "add it or train a tokenizer with `megadlcm data tokenizer`"
+    )
+
+
+def _wrap(backend: tokenizers.Tokenizer, path: Path, contents: bytes) -> Tokenizer:
+    """Makes the library's object read texts literally and checks that it does."""
+    eos, eos_id = _end_of_text(backend, path)
+    backend.no_truncation()
+    backend.no_padding()
+    # Only tokens marked special can be read as plain text, and some files forget the mark.
+    backend.add_special_tokens([AddedToken(eos, special=True, normalized=False)])
+    backend.encode_special_tokens = True
+    if eos_id in backend.encode(f"a{eos}b", add_special_tokens=False).ids:
+        raise InputError(
+            f"tokenizer {path}: reads the text {eos!r} as the end of a document, which a text must "
+            "not be able to say; mark the token as special in the file"
+        )
+    return Tokenizer(
+        path=path,
+        contents=contents,
+        sha256=hashlib.sha256(contents).hexdigest(),
+        vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
+        eos_id=eos_id,
+        backend=backend,
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

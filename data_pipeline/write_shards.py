@@ -1,0 +1,251 @@
+"""Documents to a shard folder: tar shards, their document tables, tokenizer.json, index.json last.
+
+The same documents and options give the same bytes. A folder without index.json is unfinished,
+whatever else it holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from data_pipeline.documents import (
+    ReadCounts,
+    TextDocument,
+    empty_document,
+    find_inputs,
+    read_documents,
+)
+from data_pipeline.encode import encode_documents, token_dtype
+from data_pipeline.errors import InputError
+from data_pipeline.index import INDEX_FILE, DomainCounts, Shard, ShardIndex, write_index
+from data_pipeline.progress import Progress
+from data_pipeline.records import DOCUMENT_DTYPE, archive_end, encode_record, encode_table
+from data_pipeline.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+
+OUR_FILES = re.compile(r"shard-\d{6,}\.(tar|documents\.npy)|tokenizer\.json|index\.json.*")
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """What `megadlcm data prepare` is asked to do."""
+
+    inputs: tuple[str, ...]
+    """File names, globs or directories, in reading order."""
+    tokenizer: Path
+    """Tokenizer file or folder."""
+    output: Path
+    """Shard folder to write."""
+    shard_tokens: int = 10_000_000
+    """Most text tokens of a shard; a longer document has a shard of its own."""
+    domain: str | None = None
+    """Domain of documents that name none; None means "code" in source trees, else "text"."""
+    workers: int = 1
+    """Processes that encode; the result does not depend on it."""
+    skip_empty: bool = False
+    """Leave out and count documents without tokens instead of refusing them."""
+    overwrite: bool = False
+    """Replace a finished shard folder."""
+
+
+def prepare(options: PrepareOptions) -> tuple[ShardIndex, ReadCounts]:
+    """Writes a shard folder and returns its index and what was left out.
+
+    Raises:
+        InputError: wrong options, an unusable input, or a finished folder in the way.
+    """
+    for name in ("shard_tokens", "workers"):
+        value = getattr(options, name)
+        if value < 1:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be >= 1; give a count")
+    tokenizer = load_tokenizer(options.tokenizer)
+    files = find_inputs(options.inputs)
+    _clear_folder(options.output, options.overwrite)
+    counts = ReadCounts()
+    documents = read_documents(files, counts, options.domain, options.skip_empty)
+    writer = ShardFolderWriter(options.output, tokenizer, options.shard_tokens)
+    total = sum(file.path.stat().st_size for file in files)
+    with Progress("prepare", total, "tokens") as progress:
+        try:
+            for document, tokens in encode_documents(documents, tokenizer, options.workers):
+                if len(tokens) == 0 and options.skip_empty:
+                    counts.skipped_empty += 1
+                    continue
+                writer.add(document, tokens)
+                progress.update(counts.done_bytes, writer.num_tokens)
+        except BaseException:
+            writer.abandon()
+            raise
+        progress.update(total, writer.num_tokens)
+    if writer.num_documents == 0:
+        raise InputError(
+            f"--input {' '.join(options.inputs)}: no documents in {len(files)} files "
+            f"({counts.skipped_empty} empty, {counts.skipped_binary} binary); check the pattern"
+        )
+    return writer.finish(), counts
+
+
+def _clear_folder(output: Path, overwrite: bool) -> None:
+    """Makes the folder ready; the index goes first, so that it never covers half a folder."""
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output}: is a file, must be a folder; choose another name")
+    index = output / INDEX_FILE
+    if index.exists() and not overwrite:
+        raise InputError(
+            f"--output {output}: holds finished shards; choose another folder or pass --overwrite"
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    index.unlink(missing_ok=True)
+    for path in sorted(output.iterdir()):
+        if OUR_FILES.fullmatch(path.name):
+            path.unlink()
+
+
+@dataclass
+class _OpenShard:
+    """A shard being written."""
+
+    name: str
+    file: BinaryIO
+    size: int = 0
+    num_tokens: int = 0
+    rows: list[tuple[int, ...]] = field(default_factory=list)
+    checksums: list[np.ndarray] = field(default_factory=list)
+    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+
+    def write(self, contents: bytes) -> None:
+        """Appends bytes to the tar."""
+        self.file.write(contents)
+        self.digest.update(contents)
+        self.size += len(contents)
+
+
+class ShardFolderWriter:
+    """Writes documents to a folder, shard after shard; finish() makes it a shard folder."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, shard_tokens: int) -> None:
+        """Writes into an existing folder that holds no shards."""
+        self.num_documents = 0
+        self.num_tokens = 0
+        self._folder = folder
+        self._tokenizer = tokenizer
+        self._shard_tokens = shard_tokens
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._max_token_id = tokenizer.eos_id
+        self._domains: dict[str, DomainCounts] = {}
+        self._shards: list[Shard] = []
+        self._open: _OpenShard | None = None
+
+    def add(self, document: TextDocument, tokens: np.ndarray) -> None:
+        """Writes one document.
+
+        Args:
+            document: its text is not stored, only what its tokens cannot tell.
+            tokens: unsigned integer (num_tokens,), the text alone.
+
+        Raises:
+            InputError: a document without tokens.
+        """
+        if len(tokens) == 0:
+            raise empty_document(document)
+        if self._open and self._open.num_tokens + len(tokens) > self._shard_tokens:
+            self._close_shard()
+        shard = self._open or self._new_shard()
+        metadata: dict[str, object] = {
+            "id": document.id,
+            "domain": document.domain,
+            "source": document.source,
+            "num_bytes": document.num_bytes,
+            "num_tokens": len(tokens),
+        }
+        record = encode_record(f"{self.num_documents:012d}", metadata, tokens)
+        earlier = self._domains.setdefault(document.domain, DomainCounts(0, 0, 0))
+        domain = list(self._domains).index(document.domain)
+        shard.rows.append(
+            (
+                shard.size,
+                shard.size + record.tokens_at,
+                len(tokens),
+                document.num_bytes,
+                record.metadata_bytes,
+                domain,
+            )
+        )
+        shard.checksums.append(record.checksums)
+        shard.write(record.contents)
+        shard.num_tokens += len(tokens)
+        self.num_documents += 1
+        self.num_tokens += len(tokens)
+        self._max_token_id = max(self._max_token_id, int(tokens.max()))
+        self._domains[document.domain] = DomainCounts(
+            earlier.documents + 1,
+            earlier.tokens + len(tokens),
+            earlier.bytes + document.num_bytes,
+        )
+
+    def finish(self) -> ShardIndex:
+        """Closes the last shard, stores the tokenizer, and writes the index."""
+        if self._open:
+            self._close_shard()
+        _write_durably(self._folder / TOKENIZER_FILE, self._tokenizer.contents)
+        index = ShardIndex(
+            folder=self._folder,
+            shards=tuple(self._shards),
+            domains=self._domains,
+            tokenizer_sha256=self._tokenizer.sha256,
+            vocab_size=self._tokenizer.vocab_size,
+            eos_id=self._tokenizer.eos_id,
+            max_token_id=self._max_token_id,
+            token_dtype=self._dtype.name,
+        )
+        write_index(index)
+        return index
+
+    def abandon(self) -> None:
+        """Closes the file of a shard that will not be finished."""
+        if self._open:
+            self._open.file.close()
+            self._open = None
+
+    def _new_shard(self) -> _OpenShard:
+        name = f"shard-{len(self._shards):06d}"
+        self._open = _OpenShard(name, open(self._folder / f"{name}.tar", "wb"))  # noqa: SIM115
+        return self._open
+
+    def _close_shard(self) -> None:
+        shard = self._open
+        if shard is None:
+            raise AssertionError("no shard is open")
+        shard.write(archive_end(shard.size))
+        shard.file.flush()
+        os.fsync(shard.file.fileno())
+        shard.file.close()
+        rows = np.array(shard.rows, dtype=DOCUMENT_DTYPE)
+        table = encode_table(rows, np.concatenate(shard.checksums))
+        _write_durably(self._folder / f"{shard.name}.documents.npy", table)
+        self._shards.append(
+            Shard(
+                name=shard.name,
+                num_documents=len(rows),
+                num_tokens=shard.num_tokens,
+                num_bytes=int(rows["num_bytes"].sum()),
+                tar_bytes=shard.size,
+                last_record=int(rows["record_offset"][-1]),
+                tar_sha256=shard.digest.hexdigest(),
+                table_sha256=hashlib.sha256(table).hexdigest(),
+            )
+        )
+        self._open = None
+
+
+def _write_durably(path: Path, contents: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(contents)
+        file.flush()
+        os.fsync(file.fileno())
