@@ -1,0 +1,197 @@
+"""ModelConfig: what the network is. Stdlib only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from data_pipeline.errors import InputError
+from megadlcm.config.rules import require_at_least, require_choice, require_positive
+
+Architecture = Literal["dlcm", "dense"]
+BoundaryMode = Literal["learned_global", "learned_local", "rule", "fixed", "ema_ste"]
+SegmentAlign = Literal["end", "start_shift"]
+ConceptWeighting = Literal["count", "uniform"]
+AttentionBackend = Literal["auto", "reference", "flash_attn", "varlen"]
+Smoothing = Literal["ema", "none"]
+
+_CHOICES = {
+    "architecture": Architecture,
+    "boundary_mode": BoundaryMode,
+    "segment_align": SegmentAlign,
+    "concept_weighting": ConceptWeighting,
+    "attention_backend": AttentionBackend,
+    "smoothing": Smoothing,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Widths, layers and heads, and how tokens become concepts.
+
+    The dense control has encoder_layers + backbone_layers + decoder_layers layers of token width;
+    it reads none of the fields about concepts and boundaries.
+    """
+
+    architecture: Architecture = "dlcm"
+    """`dlcm`, or `dense` for the control of token width."""
+
+    vocab_size: int
+    """Rows of the embedding and of the head; at least the tokenizer's, may be larger."""
+
+    d_token: int
+    """Width of encoder and decoder."""
+
+    d_concept: int = 0
+    """Width of the backbone; the paper's is 2 * d_token. Needed by `dlcm`."""
+
+    encoder_layers: int = 0
+    """Blocks on tokens before the segmentation."""
+
+    backbone_layers: int = 0
+    """Blocks on concepts."""
+
+    decoder_layers: int = 0
+    """Blocks on tokens after the concepts were read."""
+
+    token_heads: int
+    """Query heads of encoder, decoder and concept reader."""
+
+    token_kv_heads: int
+    """Key-value heads of encoder, decoder and concept reader."""
+
+    concept_heads: int = 0
+    """Query heads of the backbone. Needed by `dlcm`."""
+
+    concept_kv_heads: int = 0
+    """Key-value heads of the backbone. Needed by `dlcm`."""
+
+    token_ffn_size: int
+    """Inner width of the feed-forward layers of encoder and decoder."""
+
+    concept_ffn_size: int = 0
+    """Inner width of the feed-forward layers of the backbone. Needed by `dlcm`."""
+
+    target_tokens_per_concept: float = 4.0
+    """The paper's R: how many tokens a concept should hold on average, > 1."""
+
+    boundary_mode: BoundaryMode = "learned_global"
+    """Who decides where a concept ends, and over what the ratio is controlled."""
+
+    segment_align: SegmentAlign = "end"
+    """Whether a boundary token closes its segment, or opens one that is seen a segment later."""
+
+    concept_weighting: ConceptWeighting = "count"
+    """Whether a concept weighs in attention as often as its tokens, or once."""
+
+    attention_backend: AttentionBackend = "auto"
+    """Implementation of attention; `auto` takes the fastest that the machine has."""
+
+    sharpening: float = 6.0
+    """How far the training draw is pushed towards the threshold, >= 1 (1 = the plain draw)."""
+
+    smoothing: Smoothing = "ema"
+    """Moving average over concepts by boundary probability, or none."""
+
+    cross_attention_rope: bool = True
+    """Rotary positions (place of the concept) when tokens read concepts."""
+
+    self_attention_qk_norm: bool = False
+    """RMSNorm on queries and keys of every self-attention; the concept reader always has it."""
+
+    ratio_loss_detach_hidden: bool = False
+    """Whether the ratio loss trains the detector only and not the encoder below it."""
+
+    max_segment_tokens: int = 0
+    """Longest segment, >= 2, closed by a forced boundary; 0 means no limit."""
+
+    rule_threshold: float | None = None
+    """Threshold of mode `rule`; None tracks the quantile that gives the target ratio."""
+
+    boundary_size: int | None = None
+    """Width in which neighbours are compared; None means d_token."""
+
+    cross_output_zero_init: bool = False
+    """Whether training starts with a concept reader that adds nothing."""
+
+    boundary_calibration: bool = True
+    """Whether the detector's offset is set once, from the first batch, to give the ratio."""
+
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+
+    norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+
+    def __post_init__(self) -> None:
+        """Checks choices, ranges and that heads divide widths; raises InputError."""
+        for key, choices in _CHOICES.items():
+            require_choice("model", self, key, get_args(choices))
+        require_at_least("model", self, 1, "vocab_size", "token_ffn_size", "boundary_size")
+        require_at_least("model", self, 1, "sharpening")
+        require_positive("model", self, "rope_theta", "norm_eps")
+        self._check_heads("d_token", "token_heads", "token_kv_heads")
+        if self.architecture == "dlcm":
+            require_at_least("model", self, 1, *_LAYER_KEYS, "concept_ffn_size")
+            self._check_heads("d_concept", "concept_heads", "concept_kv_heads")
+        else:
+            require_at_least("model", self, 0, *_LAYER_KEYS)
+            if self.num_layers < 1:
+                raise InputError(
+                    "model.encoder_layers + backbone_layers + decoder_layers = 0, must be >= 1; "
+                    "give the dense model a layer"
+                )
+        self._check_segments()
+
+    @property
+    def num_layers(self) -> int:
+        """Blocks of all stacks together."""
+        return self.encoder_layers + self.backbone_layers + self.decoder_layers
+
+    @property
+    def token_head_size(self) -> int:
+        """Width of one token head."""
+        return self.d_token // self.token_heads
+
+    @property
+    def concept_head_size(self) -> int:
+        """Width of one concept head."""
+        return self.d_concept // self.concept_heads
+
+    def _check_heads(self, width_key: str, heads_key: str, kv_heads_key: str) -> None:
+        require_at_least("model", self, 1, width_key, heads_key, kv_heads_key)
+        width, heads = getattr(self, width_key), getattr(self, heads_key)
+        kv_heads = getattr(self, kv_heads_key)
+        if width % heads or (width // heads) % 2:
+            raise InputError(
+                f"model.{width_key} = {width} over model.{heads_key} = {heads} gives a head size of "
+                f"{width / heads:g}, must be an even integer (rotary pairs); change one of the two"
+            )
+        if heads % kv_heads:
+            raise InputError(
+                f"model.{heads_key} = {heads} is not a multiple of model.{kv_heads_key} = "
+                f"{kv_heads}; each key-value head must serve as many query heads"
+            )
+
+    def _check_segments(self) -> None:
+        ratio = self.target_tokens_per_concept
+        if not (math.isfinite(ratio) and ratio > 1):
+            raise InputError(
+                f"model.target_tokens_per_concept = {ratio}, must be > 1; "
+                "for a concept per token train architecture: dense"
+            )
+        if self.max_segment_tokens != 0 and self.max_segment_tokens < 2:
+            raise InputError(
+                f"model.max_segment_tokens = {self.max_segment_tokens}, must be >= 2, or 0 for no "
+                "limit; choose one"
+            )
+        threshold = self.rule_threshold
+        if threshold is not None and not 0.0 < threshold < 1.0:
+            raise InputError(
+                f"model.rule_threshold = {threshold}, must be between 0 and 1; it is compared with "
+                "a probability (null tracks the quantile)"
+            )
+
+
+_LAYER_KEYS = ("encoder_layers", "backbone_layers", "decoder_layers")
