@@ -1,0 +1,86 @@
+"""The order of a source: closed form, stable across releases, complete."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from data_pipeline.order import LeastRecent, SourceOrder, permutation
+
+
+RECORDED = [1, 2, 4, 6, 5, 0, 7, 3]
+
+
+def test_a_permutation_is_fixed_for_ever() -> None:
+    """A changed value here breaks the resume of every run that was started before."""
+    assert permutation(8, 1, 2, 3).tolist() == RECORDED
+    assert sorted(permutation(1000, 5, 0).tolist()) == list(range(1000))
+
+
+def test_purpose_source_and_epoch_each_change_the_permutation() -> None:
+    """Otherwise two shards of the same size would be read in the same order."""
+    orders = [permutation(50, *key).tolist() for key in [(0, 0), (0, 1), (1, 0), (0, 0, 1)]]
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def many_shards(num_shards: int, seq_len: int) -> SourceOrder:
+    """Returns the order of shards of 10M tokens in documents of 1000."""
+    sizes = np.full(10_000, 1000, dtype=np.int64)
+    return SourceOrder(
+        np.full(num_shards, sizes.sum(), dtype=np.int64),
+        lambda shard: sizes,
+        seq_len=seq_len,
+        seed=0,
+        source=0,
+        shuffle_block=1024,
+    )
+
+
+def test_a_sample_of_a_large_source_looks_at_one_or_two_document_tables() -> None:
+    """100,000 shards of 10M tokens: the work is the shard order and the shards it touches."""
+    order = many_shards(100_000, 4096)
+    tables: list[int] = []
+    sizes = order._document_stream_tokens(0)
+    order._document_stream_tokens = lambda shard: (tables.append(shard), sizes)[1]
+    place = order.place(10**9)
+    pieces = order.pieces(place)
+    assert place.epoch == 10**9 // order.num_windows
+    assert sum(piece.stop - piece.start for piece in pieces) == 4096
+    assert 1 <= len(tables) <= 2
+
+
+def test_windows_stay_in_their_block() -> None:
+    """A prefix of an epoch is read from a prefix of its stream, up to one block."""
+    order = many_shards(1, 1000)
+    starts = [order.place(number).start // 1000 for number in range(order.num_windows)]
+    assert sorted(starts) == list(range(10_000))
+    blocks = [window // 1024 for window in starts]
+    assert blocks == sorted(blocks)
+    assert starts != sorted(starts)
+
+
+def test_a_block_of_one_keeps_the_stream_order() -> None:
+    """The negative control of the test above: without a block nothing is permuted."""
+    order = SourceOrder(
+        np.array([100]),
+        lambda shard: np.array([100]),
+        seq_len=10,
+        seed=0,
+        source=0,
+        shuffle_block=1,
+    )
+    assert [order.place(number).start for number in range(10)] == list(range(0, 100, 10))
+    assert order.place(10).epoch == 1
+
+
+def test_the_cache_lets_the_least_recent_go() -> None:
+    """And hands it to `discard`, so that files are closed."""
+    gone: list[str] = []
+    cache: LeastRecent[int, str] = LeastRecent(2, discard=gone.append)
+    for key in (1, 2, 1, 3):
+        cache.get_or_make(key, lambda key=key: f"value {key}")
+    assert gone == ["value 2"]
+    cache.clear()
+    assert gone == ["value 2", "value 1", "value 3"]
+    with pytest.raises(ZeroDivisionError):
+        cache.get_or_make(4, lambda: str(1 // 0))

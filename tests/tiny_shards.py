@@ -1,0 +1,78 @@
+"""Tiny corpora: texts, and documents whose tokens are all different so that each can be traced."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_pipeline.config import DataConfig, SourceConfig
+from data_pipeline.documents import TextDocument
+from data_pipeline.index import ShardIndex
+from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.write_shards import ShardFolderWriter
+
+TEXTS = [
+    "The cat sat on the mat, and the mat was flat.\n",
+    "def add(left, right):\n    return left + right\n",
+    "Es war einmal ein K\u00f6nig, der hatte drei S\u00f6hne.",
+    "\u5929\u5730\u7384\u9ec4\u5b87\u5b99\u6d2a\u8352",
+    "x",
+    " and so on" * 40,
+]
+NUMBERED_VOCAB = 60_000
+EOS = 0
+
+
+def numbered_documents(lengths: Sequence[int]) -> list[np.ndarray]:
+    """Returns documents in which no token occurs twice: 1, 2, 3, ... throughout; 0 is eos."""
+    ends = np.cumsum(lengths)
+    if ends[-1] >= NUMBERED_VOCAB:
+        raise ValueError("too many tokens to number")
+    return [
+        np.arange(end - length + 1, end + 1, dtype="<u2")
+        for end, length in zip(ends, lengths, strict=True)
+    ]
+
+
+def write_numbered_folder(folder: Path, lengths: Sequence[int], shard_tokens: int) -> ShardIndex:
+    """Writes numbered documents called "0", "1", ... as a shard folder."""
+    contents = b"numbers"
+    numbers: Any = None
+    digest = hashlib.sha256(contents).hexdigest()
+    tokenizer = Tokenizer(folder, contents, digest, NUMBERED_VOCAB, EOS, numbers)
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = ShardFolderWriter(folder, tokenizer, shard_tokens)
+    for number, tokens in enumerate(numbered_documents(lengths)):
+        name = str(number)
+        writer.add(TextDocument(name, "numbers", "test", "", len(tokens), name), tokens)
+    return writer.finish()
+
+
+def write_jsonl(path: Path, texts: Sequence[str]) -> Path:
+    """Writes texts with ids d0, d1, ... and the domains a, b in turn; gzip where so named."""
+    records = [
+        {"id": f"d{number}", "domain": "ab"[number % 2], "source": "here", "text": text}
+        for number, text in enumerate(texts)
+    ]
+    contents = "".join(json.dumps(record) + "\n" for record in records).encode()
+    path.write_bytes(gzip.compress(contents, mtime=0) if path.suffix == ".gz" else contents)
+    return path
+
+
+def config_of(*sources: SourceConfig, seq_len: int = 16, **options: Any) -> DataConfig:
+    """Returns a configuration that trains on the sources."""
+    return DataConfig(train=sources, seq_len=seq_len, **options)
+
+
+def one_line(error: pytest.ExceptionInfo[BaseException]) -> str:
+    """Returns the message of an error after checking that it is one line."""
+    message = str(error.value)
+    assert message and "\n" not in message
+    return message
