@@ -21,6 +21,7 @@ from megadlcm.config.model import ModelConfig
 from megadlcm.config.run import RunConfig
 
 Section = TypeVar("Section")
+_MAX_DIGITS = 18
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -63,7 +64,9 @@ def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
     """
     config = _decode_section(RunConfig, values, "")
     if config.data.seed is None:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, seed=config.seed))
+        config = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, seed=config.seed)
+        )
     return config
 
 
@@ -119,7 +122,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 def _decode_section(cls: type[Section], values: object, where: str) -> Section:
     prefix = f"{where}." if where else ""
     if not isinstance(values, Mapping):
-        raise InputError(f"{where} = {values!r}: must be a mapping of keys; indent its keys below it")
+        raise InputError(
+            f"{where} = {values!r}: must be a mapping of keys; indent its keys below it"
+        )
     fields = {_key(entry): entry for entry in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:

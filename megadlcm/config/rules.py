@@ -12,7 +12,7 @@ def require_at_least(section: str, config: Any, minimum: float, *keys: str) -> N
     """Refuses a number below a minimum, and one that is not finite.
 
     Args:
-        section: dotted name of the section, for the message.
+        section: dotted name of the section, for the message; empty for the run itself.
         config: the section.
         minimum: smallest allowed value.
         keys: fields to check; None passes.
@@ -24,7 +24,7 @@ def require_at_least(section: str, config: Any, minimum: float, *keys: str) -> N
         value = getattr(config, key)
         if value is not None and not (math.isfinite(value) and value >= minimum):
             raise InputError(
-                f"{section}.{key} = {value}, must be a number >= {minimum:g}; choose another value"
+                f"{_dotted(section, key)} = {value}, must be a number >= {minimum:g}; choose another value"
             )
 
 
@@ -32,7 +32,7 @@ def require_positive(section: str, config: Any, *keys: str) -> None:
     """Refuses a number that is not finite and greater than zero; None passes.
 
     Args:
-        section: dotted name of the section, for the message.
+        section: dotted name of the section, for the message; empty for the run itself.
         config: the section.
         keys: fields to check.
 
@@ -42,14 +42,16 @@ def require_positive(section: str, config: Any, *keys: str) -> None:
     for key in keys:
         value = getattr(config, key)
         if value is not None and not (math.isfinite(value) and value > 0):
-            raise InputError(f"{section}.{key} = {value}, must be > 0; choose another value")
+            raise InputError(
+                f"{_dotted(section, key)} = {value}, must be > 0; choose another value"
+            )
 
 
 def require_share(section: str, config: Any, *keys: str) -> None:
     """Refuses a number outside of [0, 1].
 
     Args:
-        section: dotted name of the section, for the message.
+        section: dotted name of the section, for the message; empty for the run itself.
         config: the section.
         keys: fields to check.
 
@@ -60,7 +62,7 @@ def require_share(section: str, config: Any, *keys: str) -> None:
         value = getattr(config, key)
         if not 0.0 <= value <= 1.0:
             raise InputError(
-                f"{section}.{key} = {value}, must be between 0 and 1; it is a share, not a percentage"
+                f"{_dotted(section, key)} = {value}, must be between 0 and 1; it is a share, not a percentage"
             )
 
 
@@ -68,7 +70,7 @@ def require_choice(section: str, config: Any, key: str, choices: tuple[Any, ...]
     """Refuses a value that is not one of the choices.
 
     Args:
-        section: dotted name of the section, for the message.
+        section: dotted name of the section, for the message; empty for the run itself.
         config: the section.
         key: field to check.
         choices: allowed values.
@@ -79,4 +81,10 @@ def require_choice(section: str, config: Any, key: str, choices: tuple[Any, ...]
     value = getattr(config, key)
     if value not in choices:
         names = ", ".join(str(choice) for choice in choices)
-        raise InputError(f"{section}.{key} = {value}, must be one of {names}; choose one of them")
+        raise InputError(
+            f"{_dotted(section, key)} = {value}, must be one of {names}; choose one of them"
+        )
+
+
+def _dotted(section: str, key: str) -> str:
+    return f"{section}.{key}" if section else key

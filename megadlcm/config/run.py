@@ -66,7 +66,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Checks what no section can check alone; raises InputError."""
-        require_at_least("config", self, 0, "seed")
+        require_at_least("", self, 0, "seed")
         for key in ("name", "output_dir"):
             if not getattr(self, key):
                 raise InputError(f"{key} is empty; give the run a {key}")
