@@ -1,0 +1,1 @@
+"""Training: state, objective, optimizer, engine, step, loop, checkpoints, metrics."""

@@ -1,0 +1,106 @@
+"""`megadlcm checkpoint list|verify|inspect RUN_DIR`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_pipeline.errors import InputError
+from megadlcm.training import checkpoint_folder
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+CHECKPOINTS = "checkpoints"
+
+
+def add_checkpoint_parser(subparsers: Subparsers) -> None:
+    """Adds the command `checkpoint` with its sub-commands.
+
+    Args:
+        subparsers: where the program collects its commands; each one sets `run`, a function from
+            the parsed arguments to an exit code.
+    """
+    parser = subparsers.add_parser(
+        "checkpoint",
+        help="list, verify and inspect the checkpoints of a run",
+        epilog="example: megadlcm checkpoint verify runs/quickstart",
+    )
+    commands = parser.add_subparsers(dest="checkpoint_command", required=True)
+    for name, run, description in (
+        ("list", run_list, "list the checkpoints of a run, newest first, without reading them"),
+        ("verify", run_verify, "check sizes and SHA-256 of every file; exit 1 if one is damaged"),
+        ("inspect", run_inspect, "show counters, layout, versions and tensors of a checkpoint"),
+    ):
+        command = commands.add_parser(
+            name,
+            help=description,
+            description=description,
+            epilog=f"example: megadlcm checkpoint {name} runs/quickstart",
+        )
+        command.add_argument("run_dir", metavar="RUN_DIR", help="run folder or checkpoint folder")
+        command.set_defaults(run=run)
+
+
+def _root(run_dir: str) -> Path:
+    root = Path(run_dir) / CHECKPOINTS
+    if not root.is_dir():
+        raise InputError(f"{run_dir} has no folder {CHECKPOINTS!r}; name the output_dir of a run")
+    return root
+
+
+def run_list(arguments: argparse.Namespace) -> int:
+    """Prints step, size and name of every checkpoint; 0."""
+    root = _root(arguments.run_dir)
+    latest_file = root / checkpoint_folder.LATEST
+    latest = latest_file.read_text(encoding="utf-8").strip() if latest_file.is_file() else ""
+    for step, path in checkpoint_folder.list_steps(root):
+        num_bytes = sum(file.stat().st_size for file in path.iterdir())
+        mark = "  (latest)" if path.name == latest else ""
+        print(f"step {step:>10}  {num_bytes / 1e6:10.1f} MB  {path}{mark}")
+    return 0
+
+
+def run_verify(arguments: argparse.Namespace) -> int:
+    """Verifies every checkpoint of a run; 0 if all are good, else 1."""
+    root = _root(arguments.run_dir)
+    checkpoints = checkpoint_folder.verify_all(root)
+    if not checkpoints:
+        raise InputError(f"{root} holds no checkpoint; name the output_dir of a run that saved one")
+    for checkpoint in checkpoints:
+        print(
+            f"{'DAMAGED' if checkpoint.problem else 'ok':8}{checkpoint.path}  {checkpoint.problem}"
+        )
+    return 1 if any(checkpoint.problem for checkpoint in checkpoints) else 0
+
+
+def run_inspect(arguments: argparse.Namespace) -> int:
+    """Prints what the newest good checkpoint, or the named one, contains; 0."""
+    # torch is loaded for this command only
+    from safetensors import safe_open
+
+    from megadlcm.training.checkpoint import MODEL_FILE, find_checkpoint, read_description
+
+    path = find_checkpoint(arguments.run_dir)
+    description = read_description(path)
+    print(path)
+    for section in ("train_state", "layout", "versions"):
+        print(f"{section}: {_inline(description[section])}")
+    total = 0
+    with safe_open(path / MODEL_FILE, framework="np") as tensors:
+        names = sorted(tensors.keys())
+        for name in names:
+            piece = tensors.get_slice(name)
+            shape = piece.get_shape()
+            print(f"  {name:60} {piece.get_dtype():5} {shape}")
+            size = 1
+            for length in shape:
+                size *= length
+            total += size
+    print(f"{len(names)} tensors, {total:,} values")
+    return 0
+
+
+def _inline(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in values.items())

@@ -1,0 +1,257 @@
+"""RunConfig -> DeepSpeed dictionary with every key explicit -> engine.
+
+The only file that imports deepspeed. Traps it stands against, all seen in 0.19.8: gradient clipping
+is on by default; unknown top-level keys are ignored; bf16 gradients accumulate in bf16 unless told;
+a step with a non-finite norm is skipped without a word; the CPU backend compiles an operator on the
+first start and hangs for ever on the lock of a compilation that was killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from data_pipeline.errors import InputError
+from megadlcm.config import RunConfig
+from megadlcm.model import LanguageModel
+from megadlcm.parallel.mesh import ParallelMesh
+from megadlcm.training.objective import Objective, TrainingForward
+from megadlcm.training.optimizer import build_optimizer
+
+logger = logging.getLogger(__name__)
+
+OLDEST_DEEPSPEED = (0, 19, 8)
+FIRST_UNKNOWN_DEEPSPEED = (0, 20)
+BUCKET_ELEMENTS = 50_000_000
+"""Elements that are communicated at once; DeepSpeed's default would allocate 2 GB for them."""
+
+
+def gradient_accumulation_steps(config: RunConfig, data_parallel_size: int) -> int:
+    """Micro-batches of one replica in an optimizer step.
+
+    Args:
+        config: the run.
+        data_parallel_size: replicas.
+
+    Returns:
+        global_batch_size / (micro_batch_size * replicas).
+
+    Raises:
+        InputError: the division leaves a rest.
+    """
+    training = config.training
+    together = training.micro_batch_size * data_parallel_size
+    if training.global_batch_size % together:
+        raise InputError(
+            f"training.global_batch_size = {training.global_batch_size} is not a multiple of "
+            f"micro_batch_size * replicas = {training.micro_batch_size} * {data_parallel_size}; "
+            "change one of the three"
+        )
+    return training.global_batch_size // together
+
+
+def deepspeed_dictionary(config: RunConfig, data_parallel_size: int) -> dict[str, Any]:
+    """Computes DeepSpeed's configuration from the run's; nobody writes it by hand.
+
+    Every key whose default could change what is computed or measured is written out.
+
+    Args:
+        config: the run.
+        data_parallel_size: replicas.
+
+    Returns:
+        The dictionary for deepspeed.initialize.
+
+    Raises:
+        InputError: the global batch does not divide into micro-batches.
+    """
+    training, bf16 = config.training, config.training.precision == "bf16"
+    return {
+        "train_batch_size": training.global_batch_size,
+        "train_micro_batch_size_per_gpu": training.micro_batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps(config, data_parallel_size),
+        "managed_gradient_accumulation": True,
+        "gradient_clipping": training.max_grad_norm,
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "fp16": {"enabled": False},
+        "bf16": {
+            "enabled": bf16,
+            # adds each gradient to the fp32 sum as soon as it exists, and frees it
+            "immediate_grad_update": True,
+            "check_grad_overflow": True,
+            "bf16_master_weights_and_grads": False,
+            "bf16_optimizer_states": False,
+        },
+        "torch_autocast": {"enabled": False},
+        "zero_optimization": _zero_dictionary(config.parallel.zero_stage),
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "activation_checkpointing": {"partition_activations": False, "cpu_checkpointing": False},
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+        "memory_breakdown": False,
+        "dump_state": False,
+        "timers": {"throughput": {"enabled": False, "synchronized": False}},
+        "flops_profiler": {"enabled": False},
+        "comms_logger": {"enabled": False},
+        "tensorboard": {"enabled": False},
+        "wandb": {"enabled": False},
+        "csv_monitor": {"enabled": False},
+    }
+
+
+def _zero_dictionary(stage: int) -> dict[str, Any]:
+    return {
+        "stage": stage,
+        "contiguous_gradients": stage >= 2,
+        "overlap_comm": False,
+        "reduce_scatter": True,
+        "reduce_bucket_size": BUCKET_ELEMENTS,
+        "allgather_partitions": True,
+        "allgather_bucket_size": BUCKET_ELEMENTS,
+        "round_robin_gradients": False,
+        "ignore_unused_parameters": True,
+        "compute_grad_norm": True,
+        "elastic_checkpoint": False,
+    }
+
+
+def check_deepspeed_version(installed: str | None = None) -> None:
+    """Refuses versions of DeepSpeed whose arithmetic was not checked.
+
+    Before 0.19.3 gradients are scaled wrongly under a pipeline and lost in bf16; what 0.20 does is
+    not known.
+
+    Args:
+        installed: version string; None means the installed package.
+
+    Raises:
+        InputError: too old or too new.
+    """
+    installed = installed or version("deepspeed")
+    numbers = tuple(int(part) for part in installed.split("+")[0].split(".")[:3] if part.isdigit())
+    if not OLDEST_DEEPSPEED <= numbers < FIRST_UNKNOWN_DEEPSPEED:
+        raise InputError(
+            f"deepspeed = {installed}, must be >= 0.19.8 and < 0.20; "
+            "install the version that constraints.txt names"
+        )
+
+
+@dataclass(frozen=True)
+class TrainingEngine:
+    """DeepSpeed's engine with what the trainer needs of its inside."""
+
+    deepspeed: Any
+    """The DeepSpeedEngine."""
+    model: LanguageModel
+    """The model that it trains."""
+    optimizer: Optimizer
+    """The torch optimizer that it steps."""
+    mesh: ParallelMesh
+    """Ranks of the run."""
+    zero_stage: int
+    """How much of the training state is partitioned."""
+    gradient_accumulation_steps: int
+    """Micro-batches of one replica in a step."""
+
+    @property
+    def zero_optimizer(self) -> Any | None:
+        """DeepSpeed's partitioned optimizer around the torch one, if there is one."""
+        wrapper = self.deepspeed.optimizer
+        return None if wrapper is self.optimizer else wrapper
+
+    @property
+    def mup_groups(self) -> list[str]:
+        """Name of the muP group of each torch parameter group."""
+        return [group["mup_group"] for group in self.optimizer.param_groups]
+
+    def gradient_square_sums(self) -> Tensor:
+        """Squared gradient norm of each parameter group, before clipping.
+
+        To be called between the last backward pass of a step and `deepspeed.step`. Replicas must
+        add their results: each element is counted on one replica only.
+
+        Returns:
+            fp64 (groups,), on the device.
+        """
+        sums = []
+        for gradients in self._gradients():
+            if gradients:
+                norms = torch.stack(torch._foreach_norm(gradients))
+                sums.append(norms.double().square().sum())
+            else:
+                sums.append(torch.zeros((), dtype=torch.float64, device=self.mesh.device))
+        return torch.stack(sums)
+
+    def _gradients(self) -> list[list[Tensor]]:
+        zero = self.zero_optimizer
+        if zero is None:  # replicated: replica 0 speaks for all
+            counted = self.mesh.data_parallel_rank == 0
+            return [
+                [p.grad for p in group["params"] if p.grad is not None and counted]
+                for group in self.optimizer.param_groups
+            ]
+        if hasattr(zero, "fp32_groups_gradient_flat_partition"):  # BF16_Optimizer
+            return [[partition] for partition in zero.fp32_groups_gradient_flat_partition]
+        if hasattr(zero, "sub_group_to_group_id"):  # stage 3
+            groups: list[list[Tensor]] = [[] for _ in self.mup_groups]
+            for sub_group, gradients in zero.averaged_gradients.items():
+                groups[zero.sub_group_to_group_id[sub_group]].extend(gradients)
+            return groups
+        return [list(zero.averaged_gradients[index]) for index in range(len(self.mup_groups))]
+
+
+def build_engine(model: LanguageModel, config: RunConfig, mesh: ParallelMesh) -> TrainingEngine:
+    """Hands model, optimizer and objective to DeepSpeed.
+
+    Args:
+        model: the model in fp32; DeepSpeed moves it to the device, and to bf16 if the run asks.
+        config: the run.
+        mesh: ranks of the run; the process group must exist.
+
+    Returns:
+        The engine.
+
+    Raises:
+        InputError: an unknown DeepSpeed, or a global batch that does not divide.
+    """
+    check_deepspeed_version()
+    deepspeed = _import_deepspeed()
+    accumulation = gradient_accumulation_steps(config, mesh.data_parallel_size)
+    model.set_recompute(config.parallel.recompute)
+    model.to(mesh.device)
+    optimizer = build_optimizer(model, config)
+    module: nn.Module = TrainingForward(model, Objective(config, mesh, accumulation))
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):  # memory figures that no log level turns off
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            config=deepspeed_dictionary(config, mesh.data_parallel_size),
+            dist_init_required=False,
+        )
+    logger.debug("deepspeed.initialize said:\n%s", printed.getvalue())
+    return TrainingEngine(engine, model, optimizer, mesh, config.parallel.zero_stage, accumulation)
+
+
+def _import_deepspeed() -> Any:
+    import deepspeed
+
+    # the operator only serves inference; compiling it needs a compiler and a lock that a killed
+    # process leaves behind (not `import deepspeed.comm.torch`: that name is torch itself)
+    backend: Any = import_module("deepspeed.comm.torch")
+    backend.build_shm_op = lambda: None
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed

@@ -1,0 +1,207 @@
+"""The loop: step, log, evaluate, save."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.batch import StepBatch
+from data_pipeline.loader import StepLoader
+from data_pipeline.tokenizer import Tokenizer
+from megadlcm.config import RunConfig
+from megadlcm.model import DLCM
+from megadlcm.training.checkpoint import save_checkpoint
+from megadlcm.training.engine import TrainingEngine
+from megadlcm.training.evaluate import Evaluator
+from megadlcm.training.metrics import MetricsWriter, step_row
+from megadlcm.training.progress import ProgressReport
+from megadlcm.training.samples import choose_documents, marked_text
+from megadlcm.training.schedule import (
+    apply_learning_rates,
+    learning_rate_factor,
+    learning_rates,
+)
+from megadlcm.training.state import TrainState
+from megadlcm.training.step import (
+    StepResult,
+    TrainStep,
+    calibrate_boundaries,
+    global_batch_digest,
+)
+from megadlcm.training.throughput import (
+    peak_flops,
+    peak_memory_bytes,
+    training_flops_per_token,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What the trainer reads and what it knows of it."""
+
+    loader: StepLoader
+    """This replica's share of each step."""
+    tokenizer: Tokenizer
+    """For sample texts."""
+    identity: list[Any]
+    """What the training data is, compared on resume."""
+
+
+class Trainer:
+    """Trains from the state it is given to the last step.
+
+    Args:
+        engine: the engine, resumed or fresh.
+        config: the resolved run.
+        state: counters; changed in place.
+        data: loader and tokenizer.
+        metrics: where rows go; None on ranks that do not write.
+    """
+
+    def __init__(
+        self,
+        engine: TrainingEngine,
+        config: RunConfig,
+        state: TrainState,
+        data: TrainingData,
+        metrics: MetricsWriter | None,
+    ) -> None:
+        self.engine, self.config, self.state = engine, config, state
+        self.data, self.metrics = data, metrics
+        self.train_steps = config.total_steps
+        self.step = TrainStep(engine, config)
+        self.progress = ProgressReport(state.step, self.train_steps, enabled=engine.mesh.is_writer)
+        self.evaluator: Evaluator | None = None
+        if config.data.valid:
+            self.evaluator = Evaluator(config, engine.mesh, data.tokenizer.eos_id)
+        self.peak_flops = peak_flops(config, engine.mesh.device) if metrics is not None else None
+        self._saved_step = state.step
+
+    def fit(self) -> TrainState:
+        """Runs the remaining steps; the last one is evaluated and saved whatever the intervals.
+
+        Returns:
+            The final counters.
+
+        Raises:
+            NonFiniteError: a loss or a gradient was not finite.
+        """
+        try:
+            while self.state.step < self.train_steps:
+                self._train_one()
+                last = self.state.step == self.train_steps
+                if last or _due(self.state.step, self.config.evaluation.interval_steps):
+                    self._evaluate()
+                # after the evaluation: a checkpoint claims that its step's rows are written
+                if last or _due(self.state.step, self.config.checkpoint.interval_steps):
+                    self._save()
+        finally:
+            self.progress.close()
+        return self.state
+
+    def _train_one(self) -> None:
+        started = time.perf_counter()
+        batch = next(self.data.loader)
+        data_seconds = time.perf_counter() - started
+        state, config = self.state, self.config
+        assert batch.first_sample == state.consumed_samples
+        if state.step == 0:
+            self._calibrate(batch)
+        factor = learning_rate_factor(config.schedule, state.step, self.train_steps)
+        apply_learning_rates(self.engine.optimizer, factor)
+        result = self.step.run(batch, state)
+        state.step += 1
+        state.consumed_samples += config.training.global_batch_size
+        state.consumed_tokens += int(result.summary.num_tokens)
+        state.previous_boundary_fraction = result.summary.boundary_fraction
+        if _due(state.step, config.logging.interval_steps) or state.step == self.train_steps:
+            step_seconds = time.perf_counter() - started
+            self._log(batch, result, step_seconds, data_seconds)
+
+    def _calibrate(self, batch: StepBatch) -> None:
+        model = self.engine.model
+        if isinstance(model, DLCM) and model.boundary_detector.calibrates:
+            offset = calibrate_boundaries(self.engine, self.config, batch)
+            self.progress.say(f"boundary offset set to {offset:.4f} from the first batch")
+
+    def _log(
+        self, batch: StepBatch, result: StepResult, step_seconds: float, data_seconds: float
+    ) -> None:
+        digest = global_batch_digest(self.engine, batch)
+        if self.metrics is None:
+            return
+        summary = result.summary
+        rate = summary.num_tokens / step_seconds
+        timing = {
+            "tokens_per_second": rate,
+            "step_seconds": step_seconds,
+            "data_seconds": data_seconds,
+            "memory_bytes": peak_memory_bytes(self.engine.mesh.device),
+        }
+        if self.peak_flops is not None:
+            ratio = summary.num_tokens / summary.num_boundaries if summary.num_boundaries else None
+            achieved = training_flops_per_token(self.config, ratio) * rate
+            world_peak = self.peak_flops * self.engine.mesh.world_size
+            timing["model_flops_utilization"] = achieved / world_peak
+        row = step_row(
+            result,
+            self.state,
+            self.config,
+            learning_rates=learning_rates(self.engine.optimizer),
+            timing=timing,
+            digest=digest,
+            world_size=self.engine.mesh.world_size,
+        )
+        self.metrics.write(row)
+        self.metrics.write_lengths(summary.concept_lengths, self.state.step)
+        self.progress.show(row)
+
+    def _evaluate(self) -> None:
+        if self.evaluator is None:
+            return
+        row = {"step": self.state.step} | self.evaluator.run(self.engine.model)
+        text = self._sample_texts()
+        if self.metrics is None:
+            return
+        row["restart_count"] = self.state.restart_count
+        self.metrics.write(row)
+        if text:
+            folder = Path(self.config.output_dir) / "samples"
+            folder.mkdir(exist_ok=True)
+            path = folder / f"step_{self.state.step:010d}.txt"
+            path.write_text(text, encoding="utf-8")
+            self.metrics.write_text("samples", text, self.state.step)
+        self.progress.say(
+            f"step {self.state.step}: held-out loss {row['eval_loss']:.4f}, "
+            f"{row['bits_per_byte']:.4f} bits per byte"
+        )
+
+    def _sample_texts(self) -> str:
+        assert self.evaluator is not None
+        count = self.config.evaluation.num_sample_texts
+        if self.config.model.architecture != "dlcm":
+            return ""
+        documents = choose_documents(self.evaluator.documents, count)
+        device = self.engine.mesh.device
+        return "\n".join(
+            marked_text(self.engine.model, document, self.data.tokenizer, device)
+            for document in documents
+        )
+
+    def _save(self) -> None:
+        if self._saved_step == self.state.step:
+            return
+        if self.metrics is not None:
+            self.metrics.flush()
+        folder = save_checkpoint(self.engine, self.config, self.state, self.data.identity)
+        self._saved_step = self.state.step
+        logger.info("saved %s", folder)
+
+
+def _due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
