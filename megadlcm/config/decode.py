@@ -1,18 +1,22 @@
-"""YAML and dotted overrides to RunConfig and back; every error names its key.
+"""YAML and dotted overrides to RunConfig and back; every error is one line that names its key.
 
-PyYAML alone is not enough: it reads 3e-4 as a string and `on` as true, so each value is decoded
-by the type of the field that it is for.
+Scalars stay text until the type of their field is known: PyYAML alone would read `3e-4` as text,
+`on` as true and `1:30` as ninety.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
+import math
+import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, Union
 
 import yaml
 
@@ -25,178 +29,284 @@ _MAX_DIGITS = 18
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a config file; overrides win over the file, the file over the defaults.
+    """Reads a run: defaults < file < overrides.
+
+    Values are taken as they are, with one exception: data.seed null becomes the run's seed.
 
     Args:
         path: YAML file.
-        overrides: `dotted.key=value`, the value in YAML.
+        overrides: `dotted.key=value`, each value parsed as YAML.
 
     Returns:
-        The checked run; `data.seed` null takes the run's seed, nothing else is filled in.
+        The resolved run.
 
     Raises:
-        InputError: file, key or value is wrong.
+        InputError: the file is missing or no YAML, or a key or value is not valid.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"config {path}: cannot be read ({error}); check the path") from error
-    values = _parse_yaml(text, f"config {path}")
-    if not isinstance(values, dict):
-        raise InputError(f"config {path}: must be a mapping of keys; see configs/quickstart.yaml")
+    tree = _read_file(Path(path))
     for override in overrides:
-        _apply_override(values, override)
-    return config_from_dict(values)
+        _apply_override(tree, override)
+    return config_from_dict(tree)
 
 
-def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
-    """Builds a run from nested mappings, strictly.
+def config_from_dict(tree: Mapping[str, Any]) -> RunConfig:
+    """Decodes a run from nested mappings, as `config_to_dict` writes them.
 
     Args:
-        values: what a config file holds.
+        tree: sections by key.
 
     Returns:
-        The checked run.
+        The resolved run.
 
     Raises:
-        InputError: a key or value is wrong.
+        InputError: a key or value is not valid.
     """
-    config = _decode_section(RunConfig, values, "")
+    config = _decode_section(RunConfig, tree, "")
     if config.data.seed is None:
-        config = dataclasses.replace(
-            config, data=dataclasses.replace(config.data, seed=config.seed)
-        )
+        data = dataclasses.replace(config.data, seed=config.seed)
+        config = dataclasses.replace(config, data=data)
     return config
 
 
-def model_config_from_dict(values: Mapping[str, Any]) -> ModelConfig:
-    """Builds the model section alone, strictly; raises InputError."""
-    return _decode_section(ModelConfig, values, "model")
+def model_config_from_dict(tree: Mapping[str, Any]) -> ModelConfig:
+    """Decodes the section `model` alone; raises InputError as `config_from_dict` does."""
+    return _decode_section(ModelConfig, tree, "model")
 
 
-def config_to_dict(config: RunConfig) -> dict[str, Any]:
-    """Turns a run into plain values that `config_from_dict` reads back to an equal run."""
-    encoded = _encode(config)
-    assert isinstance(encoded, dict)
-    return encoded
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """Spells a config section, or the whole run, in plain mappings, lists, numbers and text."""
+    return {
+        _key(field): _plain(getattr(config, field.name)) for field in dataclasses.fields(config)
+    }
 
 
 def dump_config(config: RunConfig) -> str:
-    """Writes a run as YAML."""
-    return yaml.safe_dump(config_to_dict(config), sort_keys=False)
+    """Spells a run as YAML that `load_config` reads back unchanged."""
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
 
 
-def _encode(value: object) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {_key(f): _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, tuple | list):
-        return [_encode(entry) for entry in value]
-    return value
+def save_config(config: RunConfig, path: str | Path) -> None:
+    """Writes a run to a YAML file."""
+    Path(path).write_text(dump_config(config), encoding="utf-8")
 
 
-def _parse_yaml(text: str, where: str) -> Any:
+def config_keys() -> list[str]:
+    """All dotted keys of a run."""
+    return list(_walk_keys(RunConfig, ""))
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads null, true and false, and everything else as text; refuses a key given twice."""
+
+    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Builds a mapping after comparing its keys, which PyYAML does not."""
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                problem = f"the key {key!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(?:~|null|Null|NULL|)$"), None)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), None
+)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
     try:
-        return yaml.safe_load(text)
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise InputError(
+            f"config {path}: {reason}; name a YAML file such as configs/quickstart.yaml"
+        ) from error
+    tree = _parse(text, f"config {path}")
+    if not isinstance(tree, dict):
+        raise InputError(
+            f"config {path}: must hold `key: value` lines; see configs/quickstart.yaml"
+        )
+    return tree
+
+
+def _parse(text: str, origin: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        message = " ".join(str(error).split())
-        raise InputError(f"{where}: not valid YAML ({message}); correct the syntax") from error
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark is not None else ""
+        reason = getattr(error, "problem", None) or "it cannot be read"
+        raise InputError(f"{origin}: no valid YAML{where}: {reason}; correct it") from error
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise InputError(f"override {override!r}: must read key=value; write section.key=value")
-    *parents, last = key.split(".")
-    section = values
-    for depth, name in enumerate(parents):
-        if section.get(name) is None:
-            section[name] = {}
-        section = section[name]
-        if not isinstance(section, dict):
-            where = ".".join(parents[: depth + 1])
-            raise InputError(f"override {override!r}: {where} has no keys; override {where} whole")
-    section[last] = _parse_yaml(text, f"override {override!r}")
-
-
-def _decode_section(cls: type[Section], values: object, where: str) -> Section:
-    prefix = f"{where}." if where else ""
-    if not isinstance(values, Mapping):
         raise InputError(
-            f"{where} = {values!r}: must be a mapping of keys; indent its keys below it"
+            f"override {override!r} must be key=value; for example training.train_steps=50"
         )
-    fields = {_key(entry): entry for entry in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for key in values:
+    *sections, last = key.split(".")
+    for depth, section in enumerate(sections):
+        if tree.get(section) is None:
+            tree[section] = {}
+        tree = tree[section]
+        if not isinstance(tree, dict):
+            parent = ".".join(sections[: depth + 1])
+            raise InputError(
+                f"override {key}: {parent} has no keys below it; override {parent} as a whole"
+            )
+    tree[last] = _parse(text, f"override {key}")
+
+
+def _decode_section(section: type[Section], tree: Any, prefix: str) -> Section:
+    if not isinstance(tree, Mapping):
+        raise _wrong(prefix, tree, "a section with keys", "write its keys below it, indented")
+    fields = {_key(field): field for field in dataclasses.fields(section)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(section)
+    values = {}
+    for key, value in tree.items():
         if key not in fields:
-            raise InputError(_unknown_key(f"{prefix}{key}", str(key), prefix, list(fields)))
-    hints = typing.get_type_hints(cls)
-    decoded = {}
-    for key, entry in fields.items():
-        if key in values:
-            decoded[entry.name] = _decode(hints[entry.name], values[key], f"{prefix}{key}")
-        elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
-            raise InputError(f"{prefix}{key}: is missing and has no default; add it")
-    return cls(**decoded)
+            raise _unknown(_join(prefix, str(key)), list(fields), prefix)
+        values[fields[key].name] = _decode(hints[fields[key].name], value, _join(prefix, key))
+    for key, field in fields.items():
+        if field.name not in values and _is_required(field):
+            kind = _describe(hints[field.name])
+            raise InputError(f"{_join(prefix, key)} is missing, must be {kind}; give it a value")
+    return section(**values)
 
 
-def _key(entry: dataclasses.Field[Any]) -> str:
-    return str(entry.metadata.get("key", entry.name))
+def _decode(hint: Any, value: Any, key: str) -> Any:
+    """Decodes a value by the type of its field."""
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        if value is None:
+            return None
+        (hint,) = (argument for argument in arguments if argument is not type(None))
+        return _decode(hint, value, key)
+    if dataclasses.is_dataclass(hint):
+        return _decode_section(typing.cast(type[Any], hint), value, key)
+    if typing.get_origin(hint) is tuple:
+        return _decode_list(arguments, value, key)
+    if typing.get_origin(hint) is Literal:
+        if value not in arguments:
+            nearest = difflib.get_close_matches(str(value), arguments, n=1)
+            way_out = f"did you mean {nearest[0]}?" if nearest else "choose one of them"
+            raise _wrong(key, value, _describe(hint), way_out)
+        return value
+    return _SCALARS[hint](value, key)
 
 
-def _unknown_key(dotted: str, key: str, prefix: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    way_out = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(names)}"
-    return f"{dotted}: unknown key; {way_out}"
-
-
-def _decode(hint: Any, value: object, key: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        inner = [argument for argument in arguments if argument is not type(None)]
-        return None if value is None else _decode(inner[0], value, key)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return _decode_section(hint, value, key)
-    if origin is tuple:
-        return _decode_tuple(arguments, value, key)
-    return _decode_scalar(hint, value, key)
-
-
-def _decode_tuple(arguments: tuple[Any, ...], value: object, key: str) -> tuple[Any, ...]:
+def _decode_list(arguments: tuple[Any, ...], value: Any, key: str) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
-        raise InputError(f"{key} = {value!r}: must be a list; write [..., ...]")
+        raise _wrong(key, value, "a list", "write it in brackets, as in [a, b]")
     if arguments[-1] is Ellipsis:
-        arguments = (arguments[0],) * len(value)
-    if len(arguments) != len(value):
-        raise InputError(f"{key} = {value!r}: must have {len(arguments)} entries; change the list")
+        return tuple(_decode(arguments[0], item, f"{key}[{i}]") for i, item in enumerate(value))
+    if len(value) != len(arguments):
+        raise _wrong(key, value, f"a list of {len(arguments)}", "give as many values")
     return tuple(
-        _decode(hint, entry, f"{key}[{index}]")
-        for index, (hint, entry) in enumerate(zip(arguments, value, strict=True))
+        _decode(hint, item, f"{key}[{i}]")
+        for i, (hint, item) in enumerate(zip(arguments, value, strict=True))
     )
 
 
-def _decode_scalar(hint: type, value: object, key: str) -> Any:
-    """Accepts a value of the field's type, and numbers in the spellings that YAML misreads."""
-    if hint is bool and isinstance(value, bool):
-        return value
-    if hint is str and isinstance(value, str):
-        return value
-    if hint in (int, float) and not isinstance(value, bool):
-        number = _number(value)
-        if hint is float and number is not None:
-            return float(number)
-        if hint is int and number is not None and float(number).is_integer():
-            return int(number)
-    words = {bool: "true or false", str: "text", int: "a whole number", float: "a number"}
-    found = f"got {type(value).__name__}" if value is not None else "got null"
-    raise InputError(f"{key} = {value!r}: must be {words[hint]}, {found}; correct the value")
+def _decode_bool(value: Any, key: str) -> bool:
+    if not isinstance(value, bool):
+        raise _wrong(key, value, "true or false", "write one of the two")
+    return value
 
 
-def _number(value: object) -> int | float | None:
-    if isinstance(value, int | float):
-        return value if value == value and abs(value) != float("inf") else None
-    if isinstance(value, str):
-        try:
-            return _number(float(value))
-        except ValueError:
-            return None
-    return None
+def _decode_int(value: Any, key: str) -> int:
+    number = _number(value)
+    # without a bound 1e999999999 would be written out digit by digit
+    if number is None or number.adjusted() > _MAX_DIGITS or number % 1:
+        raise _wrong(key, value, "an integer", "write it with digits, as in 4096 or 1e12")
+    return int(number)
+
+
+def _decode_float(value: Any, key: str) -> float:
+    number = _number(value)
+    if number is None or not math.isfinite(float(number)):
+        raise _wrong(key, value, "a number", "write it with digits, as in 0.1 or 3e-4")
+    return float(number)
+
+
+def _number(value: Any) -> Decimal | None:
+    """The number that a value is or spells, exactly; None where it is none or not finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = Decimal(str(value).strip())
+    except InvalidOperation:
+        return None
+    return number if number.is_finite() else None
+
+
+def _decode_str(value: Any, key: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise _wrong(key, value, "text", "put it in quotes")
+    return str(value)
+
+
+_SCALARS: dict[Any, Callable[[Any, str], Any]] = {
+    bool: _decode_bool,
+    int: _decode_int,
+    float: _decode_float,
+    str: _decode_str,
+}
+_KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
+
+
+def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(str(choice) for choice in typing.get_args(hint))
+    return _KINDS.get(hint, "a section with keys")
+
+
+def _wrong(key: str, value: Any, rule: str, way_out: str) -> InputError:
+    shown = json.dumps(value, default=str, ensure_ascii=False)
+    return InputError(f"{key or 'config'} = {shown}, must be {rule}; {way_out}")
+
+
+def _unknown(key: str, siblings: list[str], prefix: str) -> InputError:
+    """Names the nearest key of the same section, or the same name in another section."""
+    leaf = key.rpartition(".")[2]
+    nearest = [_join(prefix, name) for name in difflib.get_close_matches(leaf, siblings, n=1)]
+    same_name = [name for name in config_keys() if name.rpartition(".")[2] == leaf]
+    for candidates in (nearest, same_name):
+        if candidates:
+            return InputError(f"{key} is not a config key; did you mean {candidates[0]}?")
+    return InputError(f"{key} is not a config key; {prefix or 'a run'} has {', '.join(siblings)}")
+
+
+def _walk_keys(section: Any, prefix: str) -> Iterator[str]:
+    hints = typing.get_type_hints(section)
+    for field in dataclasses.fields(section):
+        key = _join(prefix, _key(field))
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            yield from _walk_keys(hint, key)
+        else:
+            yield key
+
+
+def _join(prefix: str, key: str) -> str:
+    return f"{prefix}.{key}" if prefix else key
+
+
+def _key(field: dataclasses.Field[Any]) -> str:
+    """Name in YAML: the field's, unless that is a word of Python."""
+    return str(field.metadata.get("key", field.name))
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    missing = dataclasses.MISSING
+    return field.default is missing and field.default_factory is missing
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return config_to_dict(value)
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value

@@ -165,8 +165,8 @@ class ModelConfig:
         kv_heads = getattr(self, kv_heads_key)
         if width % heads or (width // heads) % 2:
             raise InputError(
-                f"model.{width_key} = {width} over model.{heads_key} = {heads} gives a head size of "
-                f"{width / heads:g}, must be an even integer (rotary pairs); change one of the two"
+                f"model.{width_key} = {width} over model.{heads_key} = {heads} gives a head size "
+                f"of {width / heads:g}, must be an even integer (rotary pairs); change one of the two"
             )
         if heads % kv_heads:
             raise InputError(

@@ -24,7 +24,8 @@ def require_at_least(section: str, config: Any, minimum: float, *keys: str) -> N
         value = getattr(config, key)
         if value is not None and not (math.isfinite(value) and value >= minimum):
             raise InputError(
-                f"{_dotted(section, key)} = {value}, must be a number >= {minimum:g}; choose another value"
+                f"{_dotted(section, key)} = {value}, must be a number >= {minimum:g}; "
+                "choose another value"
             )
 
 
@@ -62,7 +63,8 @@ def require_share(section: str, config: Any, *keys: str) -> None:
         value = getattr(config, key)
         if not 0.0 <= value <= 1.0:
             raise InputError(
-                f"{_dotted(section, key)} = {value}, must be between 0 and 1; it is a share, not a percentage"
+                f"{_dotted(section, key)} = {value}, must be between 0 and 1; "
+                "it is a share, not a percentage"
             )
 
 

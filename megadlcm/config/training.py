@@ -1,4 +1,4 @@
-"""How a run trains: batches, optimizer, schedule, muP, checkpoints, evaluation, logs. Stdlib only."""
+"""How a run trains, saves, evaluates and logs. Stdlib only."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class TrainingConfig:
     """Whether the ratio is controlled by this step's boundary fraction or by the last one's."""
 
     def __post_init__(self) -> None:
-        """Checks ranges, the one budget and that micro-batches fill the batch; raises InputError."""
+        """Checks ranges, the budget, and that micro-batches fill the batch; raises InputError."""
         if (self.train_steps is None) == (self.train_tokens is None):
             raise InputError(
                 f"training.train_steps = {_yaml(self.train_steps)} and training.train_tokens = "
