@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -24,7 +26,8 @@ def test_a_weight_that_is_no_share_is_refused(weight: float) -> None:
 def test_counts_must_be_positive(key: str) -> None:
     """Each message names its key."""
     with pytest.raises(InputError, match=rf"data\.{key} = 0, must be >= 1"):
-        DataConfig(**{key: 0})
+        changes: dict[str, Any] = {key: 0}
+        replace(DataConfig(), **changes)
 
 
 def test_names_of_sources_differ_and_default_to_the_path() -> None:

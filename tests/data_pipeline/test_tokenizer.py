@@ -1,0 +1,99 @@
+"""Text is taken literally, comes back byte for byte, and training is reproducible."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.errors import InputError
+from data_pipeline.tokenizer import SMALLEST_VOCAB, load_tokenizer, train_tokenizer
+from tests.tiny_shards import TEXTS, one_line
+
+
+def test_a_text_cannot_say_end_of_text(tokenizer_file: Path) -> None:
+    """Whatever the library's defaults; the library itself would read the special token."""
+    tokenizer = load_tokenizer(tokenizer_file)
+    text = "a<|endoftext|>b<|endoftext|>"
+    for ids in (tokenizer.encode(text), tokenizer.encode_batch([text, text])[1]):
+        assert tokenizer.eos_id not in ids
+        assert tokenizer.decode(ids) == text
+    tokenizer.backend.encode_special_tokens = False
+    assert tokenizer.eos_id in tokenizer.encode(text)  # the check above was not vacuous
+
+
+def test_an_end_of_text_that_its_file_does_not_mark_as_special_is_literal_too(
+    tokenizer_file: Path, tmp_path: Path
+) -> None:
+    """Some published files forget the mark."""
+    contents = json.loads(tokenizer_file.read_text(encoding="utf-8"))
+    assert contents["added_tokens"][0]["special"] is True
+    contents["added_tokens"][0]["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(contents), encoding="utf-8")
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.eos_id not in tokenizer.encode("a<|endoftext|>b")
+
+
+@given(texts=st.lists(st.text(), max_size=4))
+def test_any_text_comes_back(tokenizer_file: Path, texts: list[str]) -> None:
+    """A byte-level tokenizer has no unknown text; a batch equals its texts alone."""
+    tokenizer = load_tokenizer(tokenizer_file)
+    encoded = tokenizer.encode_batch(texts)
+    assert encoded == [tokenizer.encode(text) for text in texts]
+    assert [tokenizer.decode(ids) for ids in encoded] == texts
+    assert all(0 <= token < tokenizer.vocab_size for ids in encoded for token in ids)
+
+
+def test_training_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    """Shard folders are told apart by the digest of these bytes."""
+    first, second = (train_tokenizer(iter(TEXTS * 3), vocab_size=290) for _ in range(2))
+    assert first == second
+    (tmp_path / "tokenizer.json").write_bytes(first)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.vocab_size == 290
+    assert tokenizer.eos_id == 0
+    assert tokenizer.decode([0]) == "<|endoftext|>"
+    assert tokenizer.sha256 == load_tokenizer(tmp_path / "tokenizer.json").sha256
+
+
+def test_the_two_files_of_gpt2_make_a_tokenizer(tokenizer_file: Path, tmp_path: Path) -> None:
+    """vocab.json and merges.txt give the tokens of the tokenizer.json they were taken from."""
+    whole = load_tokenizer(tokenizer_file)
+    model = json.loads(tokenizer_file.read_text(encoding="utf-8"))["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
+    merges = ["#version: 0.2", *(" ".join(merge) for merge in model["merges"])]
+    (tmp_path / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
+    parts = load_tokenizer(tmp_path)
+    for text in [*TEXTS, "a<|endoftext|>b"]:
+        assert parts.encode(text) == whole.encode(text)
+    assert (parts.eos_id, parts.vocab_size) == (whole.eos_id, whole.vocab_size)
+    kept = tmp_path / "kept.json"
+    kept.write_bytes(parts.contents)
+    assert load_tokenizer(kept).sha256 == parts.sha256
+    assert load_tokenizer(kept).encode(TEXTS[0]) == whole.encode(TEXTS[0])
+
+
+def test_what_cannot_be_used_is_refused_in_one_line(tokenizer_file: Path, tmp_path: Path) -> None:
+    """Missing, not a tokenizer, without an end-of-text token, too small, without text."""
+    with pytest.raises(InputError, match="no such file") as error:
+        load_tokenizer(tmp_path / "absent.json")
+    one_line(error)
+    with pytest.raises(InputError, match="no such file"):
+        load_tokenizer(tmp_path)
+    broken = tmp_path / "broken.json"
+    broken.write_text('{"model": 1}\n', encoding="utf-8")
+    with pytest.raises(InputError, match=r"not a tokenizer\.json") as error:
+        load_tokenizer(broken)
+    one_line(error)
+    named = tokenizer_file.read_text(encoding="utf-8").replace("<|endoftext|>", "<|other|>")
+    broken.write_text(named, encoding="utf-8")
+    with pytest.raises(InputError, match="no end-of-text token") as error:
+        load_tokenizer(broken)
+    one_line(error)
+    with pytest.raises(InputError, match=f"must be >= {SMALLEST_VOCAB}"):
+        train_tokenizer(TEXTS, vocab_size=256)
+    with pytest.raises(InputError, match="no documents"):
+        train_tokenizer([], vocab_size=300)
