@@ -73,8 +73,10 @@ def find_inputs(patterns: Sequence[str]) -> list[InputFile]:
     """
     found: list[InputFile] = []
     for pattern in patterns:
-        base = _fixed_part(pattern)
-        matches = sorted(glob.glob(pattern, recursive=True))
+        # A name that exists is taken as it is, brackets and all.
+        literal = os.path.exists(pattern)
+        base = os.path.dirname(pattern) or "." if literal else _fixed_part(pattern)
+        matches = [pattern] if literal else sorted(glob.glob(pattern, recursive=True))
         if not matches:
             raise InputError(f"--input {pattern}: matches no file or directory; check the pattern")
         for match in matches:
@@ -152,7 +154,7 @@ def _fixed_part(pattern: str) -> str:
     fixed = pattern
     while glob.has_magic(fixed):
         fixed = os.path.dirname(fixed)
-    return fixed if fixed != pattern else os.path.dirname(pattern) or "."
+    return fixed or "."
 
 
 def _opened(path: Path) -> IO[bytes]:

@@ -55,6 +55,13 @@ def test_a_text_file_is_one_document_and_paths_are_sorted(tmp_path: Path) -> Non
     assert [d.id for d in read(tmp_path / "c.txt", tmp_path / "a.txt")] == ["c.txt", "a.txt"]
 
 
+def test_a_name_with_brackets_is_taken_as_it_is(tmp_path: Path) -> None:
+    """A file that exists is no pattern."""
+    (tmp_path / "a[1].txt").write_text("one")
+    (tmp_path / "a1.txt").write_text("other")
+    assert [d.text for d in read(tmp_path / "a[1].txt")] == ["one"]
+
+
 def test_a_directory_is_a_source_tree(tmp_path: Path) -> None:
     """Binary files are counted, hidden ones and byte code are not even that."""
     root = tmp_path / "project"
