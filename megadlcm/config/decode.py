@@ -98,7 +98,8 @@ def config_keys() -> list[str]:
 class _Loader(yaml.SafeLoader):
     """Reads null, true and false, and everything else as text; refuses a key given twice."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}
+    # not a ClassVar: PyYAML declares it as a plain attribute
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Builds a mapping after comparing its keys, which PyYAML does not."""

@@ -166,7 +166,7 @@ class ModelConfig:
         if width % heads or (width // heads) % 2:
             raise InputError(
                 f"model.{width_key} = {width} over model.{heads_key} = {heads} gives a head size "
-                f"of {width / heads:g}, must be an even integer (rotary pairs); change one of the two"
+                f"of {width / heads:g}, must be an even integer (rotary pairs); change one"
             )
         if heads % kv_heads:
             raise InputError(
