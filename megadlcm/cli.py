@@ -1,0 +1,120 @@
+"""The command line; each command loads what it needs only when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from data_pipeline.cli import add_data_parser
+from data_pipeline.errors import InputError
+from megadlcm import __version__
+from megadlcm.plan_cli import add_config_arguments, add_plan_parser
+from megadlcm.training.checkpoint_cli import add_checkpoint_parser
+
+EXIT_FAILED = 1
+EXIT_WRONG_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+_TRAIN_EXAMPLE = """\
+examples:
+  megadlcm train configs/quickstart.yaml training.train_steps=50
+  megadlcm train configs/quickstart.yaml "data.train=[{path: DIR, weight: 1.0, name: web}]"
+  torchrun --nproc-per-node 8 -m megadlcm train configs/dlcm_87m.yaml
+
+A run resumes by itself from the newest complete checkpoint in its output_dir."""
+
+_EXAMPLES = """\
+examples:
+  megadlcm plan configs/dlcm_2.3b.yaml --nodes 16 --gpus-per-node 8
+  megadlcm train configs/quickstart.yaml
+
+exit codes: 0 done, 1 failed while running, 2 the input was wrong"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line in one line, as every other wrong input."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(EXIT_WRONG_INPUT)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: arguments without the program's name; None takes the process's.
+
+    Returns:
+        Exit code: 0 done, 1 failed while running, 2 the input was wrong.
+    """
+    arguments = _parse(argv)
+    run = getattr(arguments, "run", None) or arguments.func
+    try:
+        return int(run(arguments))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_WRONG_INPUT
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        traceback.print_exc()
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Collects the commands.
+
+    Returns:
+        The parser; each command sets `run`, a function from the arguments to an exit code.
+    """
+    parser = _Parser(
+        prog="megadlcm",
+        description="Pretraining of Dynamic Large Concept Models.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"megadlcm {__version__}")
+    commands: Any = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    train = commands.add_parser(
+        "train",
+        help="train a model, or resume its run",
+        description="Train a model, or resume its run.",
+        epilog=_TRAIN_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_config_arguments(train)
+    train.set_defaults(run=_run_train)
+    add_plan_parser(commands)
+    add_data_parser(commands)
+    add_checkpoint_parser(commands)
+    return parser
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses; argparse alone loses the overrides that stand behind an option."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    takes_overrides = hasattr(arguments, "overrides")
+    strange = [text for text in rest if text.startswith("-") or not takes_overrides]
+    if strange:
+        parser.error(f"unknown argument {strange[0]}")
+    if takes_overrides:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
+def _run_train(arguments: argparse.Namespace) -> int:
+    from megadlcm.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    from megadlcm import pretrain
+
+    return pretrain.run(config)
