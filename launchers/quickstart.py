@@ -46,7 +46,8 @@ def _prepare_data(folder: Path) -> list[str]:
     tokenizer = folder / "tokenizer.json"
     if not tokenizer.exists():
         inputs = [f"--input={texts[f'{domain}_train']}" for domain in _DOMAINS]
-        _megadlcm("data", "tokenizer", *inputs, f"--vocab-size={_VOCAB_SIZE}", f"--output={tokenizer}")
+        options = (f"--vocab-size={_VOCAB_SIZE}", f"--output={tokenizer}")
+        _megadlcm("data", "tokenizer", *inputs, *options)
     sources: dict[str, list[dict[str, Any]]] = {"train": [], "valid": []}
     for split, entries in sources.items():
         for domain in _DOMAINS:

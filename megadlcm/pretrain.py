@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from megadlcm.config import RunConfig
 from megadlcm.model import build_model
 from megadlcm.parallel.mesh import ParallelMesh, join_process_group
 from megadlcm.training.checkpoint import resume
-from megadlcm.training.engine import TrainingEngine, build_engine
+from megadlcm.training.engine import build_engine
 from megadlcm.training.metrics import MetricsWriter
 from megadlcm.training.run_folder import prepare_run_folder
 from megadlcm.training.state import TrainState
@@ -42,11 +44,14 @@ def run(config: RunConfig) -> int:
     Raises:
         InputError: the config, the data or the launcher's environment is wrong.
     """
-    sources = check_training_sources(config)
+    check_training_sources(config)  # before a process group or a run folder exists
     mesh = join_process_group()
     handler = configure_logging(config, mesh)
     try:
-        return _train(config, mesh, sources)
+        with open_trainer(config, mesh) as trainer:
+            _announce(trainer)
+            trainer.fit()
+        return 0
     except NonFiniteError as error:
         logger.error("%s", error)
         print(f"error: {error}", file=sys.stderr)
@@ -63,7 +68,21 @@ def run(config: RunConfig) -> int:
         handler.close()
 
 
-def _train(config: RunConfig, mesh: ParallelMesh, sources: SourceSummary) -> int:
+@contextlib.contextmanager
+def open_trainer(config: RunConfig, mesh: ParallelMesh) -> Iterator[Trainer]:
+    """Builds everything that a run needs, resumed if its folder has a checkpoint.
+
+    Args:
+        config: the resolved run.
+        mesh: ranks of the run; the process group must exist.
+
+    Yields:
+        The trainer, ready for its next step; loader and metrics are closed afterwards.
+
+    Raises:
+        InputError: the data or the checkpoint does not fit the config.
+    """
+    sources = check_training_sources(config)
     torch.manual_seed(config.seed)
     model = build_model(config.model, config.mup, seed=config.seed)
     engine = build_engine(model, config, mesh)
@@ -72,45 +91,36 @@ def _train(config: RunConfig, mesh: ParallelMesh, sources: SourceSummary) -> int
     state = resumed or TrainState()
     if mesh.is_writer:
         prepare_run_folder(config, resumed is not None)
-    loader = StepLoader(
-        config.data,
-        global_batch_size=config.training.global_batch_size,
-        micro_batch_size=config.training.micro_batch_size,
-        data_parallel_rank=mesh.data_parallel_rank,
-        data_parallel_size=mesh.data_parallel_size,
-        start_sample=state.consumed_samples,
-    )
-    data = TrainingData(loader, load_tokenizer(sources.tokenizer), identity)
-    metrics = None
-    try:
+    with contextlib.ExitStack() as stack:
+        loader = StepLoader(
+            config.data,
+            global_batch_size=config.training.global_batch_size,
+            micro_batch_size=config.training.micro_batch_size,
+            data_parallel_rank=mesh.data_parallel_rank,
+            data_parallel_size=mesh.data_parallel_size,
+            start_sample=state.consumed_samples,
+        )
+        stack.callback(loader.close)
+        metrics = None
         if mesh.is_writer:
             metrics = MetricsWriter(
                 Path(config.output_dir), state.step + 1, config.logging.tensorboard
             )
-        _fit(engine, config, state, data, metrics)
-    finally:
-        if metrics is not None:
-            metrics.close()
-        loader.close()
-    return 0
+            stack.callback(metrics.close)
+        data = TrainingData(loader, load_tokenizer(sources.tokenizer), identity)
+        yield Trainer(engine, config, state, data, metrics)
 
 
-def _fit(
-    engine: TrainingEngine,
-    config: RunConfig,
-    state: TrainState,
-    data: TrainingData,
-    metrics: MetricsWriter | None,
-) -> None:
-    trainer = Trainer(engine, config, state, data, metrics)
-    num_parameters = sum(parameter.numel() for parameter in engine.model.parameters())
-    start = f"from step {state.step}" if state.step else "from scratch"
+def _announce(trainer: Trainer) -> None:
+    config, mesh, step = trainer.config, trainer.engine.mesh, trainer.state.step
+    model = trainer.engine.model
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    start = f"from step {step}" if step else "from scratch"
     trainer.progress.say(
-        f"{config.name}: {num_parameters / 1e6:.2f}M parameters, {engine.mesh.world_size} "
-        f"process(es) on {engine.mesh.device.type}, {start} to step {trainer.train_steps}, "
-        f"run folder {config.output_dir}"
+        f"{config.name}: {num_parameters / 1e6:.2f}M parameters, {mesh.world_size} "
+        f"process(es) on {mesh.device.type}, attention back-end {model.backend()}, "
+        f"{start} to step {trainer.train_steps}, run folder {config.output_dir}"
     )
-    trainer.fit()
 
 
 def check_training_sources(config: RunConfig) -> SourceSummary:

@@ -81,6 +81,9 @@ class OptimizerConfig:
     boundary_learning_rate: float | None = None
     """The same for the boundary detector; None means learning_rate."""
 
+    boundary_betas: tuple[float, float] = (0.0, 0.95)
+    """AdamW averages of the boundary detector; see `megadlcm/training/optimizer.py` for the 0."""
+
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of AdamW's running mean and running square."""
 

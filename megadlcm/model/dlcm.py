@@ -71,7 +71,7 @@ class DLCM(LanguageModel):
             tokens_T: token ids, int64 (T,).
             cu_seqlens: offsets of the documents, int32 (S+1,).
             sampling: names the random draws of training mode; by default seed 0, step 0 and the
-                position inside the document, so that a document is segmented alike alone and packed.
+                position inside the document: a document is segmented alike alone and packed.
 
         Returns:
             Logits and segmentation.

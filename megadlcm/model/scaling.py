@@ -81,7 +81,7 @@ def group_of(name: str) -> str:
         if re.fullmatch(pattern, name):
             return group
     raise ValueError(
-        f"parameter {name} belongs to no muP group: add it to the table in megadlcm/model/scaling.py"
+        f"parameter {name} belongs to no muP group: add it to the table of model/scaling.py"
     )
 
 
@@ -118,9 +118,7 @@ def _rule(name: str, config: ModelConfig, mup: MupConfig) -> ParameterRule:
 
 
 @torch.no_grad()
-def initialize_parameters(
-    model: nn.Module, config: ModelConfig, mup: MupConfig, seed: int
-) -> None:
+def initialize_parameters(model: nn.Module, config: ModelConfig, mup: MupConfig, seed: int) -> None:
     """Draws the initial values of every parameter.
 
     Each parameter has a generator of its own, seeded by (seed, name), so that its values do not

@@ -149,9 +149,7 @@ def _document_attention(
 ) -> Tensor:
     """Attention inside `count` documents of equal length laid end to end."""
     grouped = query.shape[1] != key.shape[1]
-    states = (
-        part.view(count, -1, *part.shape[1:]).transpose(1, 2) for part in (query, key, value)
-    )
+    states = (part.view(count, -1, *part.shape[1:]).transpose(1, 2) for part in (query, key, value))
     output = F.scaled_dot_product_attention(
         *states, attn_mask=bias, is_causal=bias is None, enable_gqa=grouped
     )

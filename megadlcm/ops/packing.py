@@ -5,6 +5,7 @@ Letters: T tokens of a packed batch, S documents in it, M concepts of it.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +45,7 @@ class Packing:
     @property
     def lengths(self) -> list[int]:
         """Rows of each document."""
-        return [stop - start for start, stop in zip(self.bounds, self.bounds[1:], strict=False)]
+        return [stop - start for start, stop in itertools.pairwise(self.bounds)]
 
     def document_index(self) -> Tensor:
         """Index of the document that each row belongs to, int64 (rows,)."""
@@ -72,7 +73,7 @@ def packing_from_offsets(cu_seqlens: Tensor, num_rows: int) -> Packing:
         raise ValueError(
             f"cu_seqlens must run from 0 to the number of rows ({num_rows}), got {_short(bounds)}"
         )
-    for index, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for index, (start, stop) in enumerate(itertools.pairwise(bounds)):
         if stop <= start:
             raise ValueError(
                 f"cu_seqlens names document {index} with {stop - start} rows; "

@@ -64,8 +64,10 @@ def concept_layout(mask_T: Tensor, packing: Packing, align: str) -> ConceptLayou
     concepts = packing_from_offsets(cu_concepts, num_concepts)
     pooled_T = visible_T + 1 - mask_T.long() if align == "end" else visible_T + 1
     # an open segment's running index is the next document's first concept: it must not pool there
-    limit_T = concepts.cu_seqlens[1:].long().repeat_interleave(
-        packing.cu_seqlens.diff().long(), output_size=packing.num_rows
+    limit_T = (
+        concepts.cu_seqlens[1:]
+        .long()
+        .repeat_interleave(packing.cu_seqlens.diff().long(), output_size=packing.num_rows)
     )
     pooled_T = torch.where(pooled_T < limit_T, pooled_T, torch.full_like(pooled_T, -1))
     count_M = torch.bincount(pooled_T + 1, minlength=num_concepts + 1)[1:]
@@ -126,7 +128,8 @@ def count_bias(visible_T: Tensor, first: int, num_concepts: int, weighting: str)
     """
     newest_T1 = (visible_T - first).unsqueeze(1)
     concept_M = torch.arange(num_concepts, device=visible_T.device)
-    bias = torch.zeros(visible_T.numel(), num_concepts, dtype=torch.float64, device=visible_T.device)
+    shape = (visible_T.numel(), num_concepts)
+    bias = torch.zeros(shape, dtype=torch.float64, device=visible_T.device)
     if weighting == "count":
         run_M = torch.bincount(newest_T1.squeeze(1), minlength=num_concepts)
         start_M = run_M.cumsum(0) - run_M

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import warnings
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
@@ -228,14 +229,16 @@ def build_engine(model: LanguageModel, config: RunConfig, mesh: ParallelMesh) ->
         InputError: an unknown DeepSpeed, or a global batch that does not divide.
     """
     check_deepspeed_version()
-    deepspeed = _import_deepspeed()
     accumulation = gradient_accumulation_steps(config, mesh.data_parallel_size)
     model.set_recompute(config.parallel.recompute)
     model.to(mesh.device)
     optimizer = build_optimizer(model, config)
     module: nn.Module = TrainingForward(model, Objective(config, mesh, accumulation))
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):  # memory figures that no log level turns off
+    # memory figures that no log level turns off, and deprecations in DeepSpeed's own code
+    with contextlib.redirect_stdout(printed), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        deepspeed = _import_deepspeed()
         engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,

@@ -51,10 +51,21 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
                 "peak_learning_rate": peak,
                 "lr": peak,
                 "eps": config.optimizer.eps * eps_scale,
+                "betas": _betas(config.optimizer, group),
                 "weight_decay": config.optimizer.weight_decay if decays else 0.0,
             }
         )
     return groups
+
+
+def _betas(config: OptimizerConfig, group: str) -> tuple[float, float]:
+    """AdamW's averages for a muP group.
+
+    The boundary projections are trained by the ratio loss alone, which is an integral controller
+    of the boundary rate. A running mean of its gradient is a lag in that control loop and makes
+    the rate oscillate (measured: between a third and three times the target), so they have none.
+    """
+    return config.boundary_betas if group == "boundary" else config.betas
 
 
 def _group_key(rule: ParameterRule) -> tuple[str, float, float, bool]:
@@ -77,11 +88,11 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> Optimizer:
     groups = parameter_groups(model, config)
     if config.optimizer.name == "sgd":
         for group in groups:
-            del group["eps"]
+            del group["eps"], group["betas"]
         return torch.optim.SGD(groups, lr=config.optimizer.learning_rate)
     return torch.optim.AdamW(
         groups,
         lr=config.optimizer.learning_rate,
-        betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
+        betas=config.optimizer.betas,
         fused=True,
     )

@@ -13,6 +13,7 @@ from data_pipeline.loader import StepLoader
 from data_pipeline.tokenizer import Tokenizer
 from megadlcm.config import RunConfig
 from megadlcm.model import DLCM
+from megadlcm.model.self_check import check_causality
 from megadlcm.training.checkpoint import save_checkpoint
 from megadlcm.training.engine import TrainingEngine
 from megadlcm.training.evaluate import Evaluator
@@ -91,9 +92,10 @@ class Trainer:
         Raises:
             NonFiniteError: a loss or a gradient was not finite.
         """
+        check_causality(self.engine.model)
         try:
             while self.state.step < self.train_steps:
-                self._train_one()
+                self.train_one()
                 last = self.state.step == self.train_steps
                 if last or _due(self.state.step, self.config.evaluation.interval_steps):
                     self._evaluate()
@@ -104,7 +106,8 @@ class Trainer:
             self.progress.close()
         return self.state
 
-    def _train_one(self) -> None:
+    def train_one(self) -> None:
+        """Runs the next step and logs it."""
         started = time.perf_counter()
         batch = next(self.data.loader)
         data_seconds = time.perf_counter() - started

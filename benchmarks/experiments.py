@@ -1,0 +1,128 @@
+"""Trains a small DLCM and its controls on real text and tabulates what held-out text says.
+
+    python -m benchmarks.experiments ratio quality --text ../shared/data --folder runs/experiments
+
+`ratio`: does the realised compression reach its target and stay there, by target and mode.
+`quality`: DLCM, the dense control at equal FLOPs per token, and fixed-R pooling, over seeds.
+A run that is finished is not repeated; the tables are rewritten from all finished runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.report import summarize, write_tables
+from benchmarks.shared_text import VOCAB_SIZE, megadlcm, prepare_shards
+
+_SHAPE = (
+    f"model.vocab_size={VOCAB_SIZE}",
+    "model.d_token=128",
+    "model.d_concept=256",
+    "model.encoder_layers=2",
+    "model.backbone_layers=4",
+    "model.decoder_layers=2",
+    "model.token_heads=4",
+    "model.token_kv_heads=2",
+    "model.token_ffn_size=512",
+    "model.concept_heads=8",
+    "model.concept_kv_heads=4",
+    "model.concept_ffn_size=512",
+)
+# every layer on tokens, keys and values for each head, inner width set for equal forward FLOPs
+_DENSE = ("model.architecture=dense", "model.token_kv_heads=4", "model.token_ffn_size=336")
+_SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One training run: what is special about it, in config overrides."""
+
+    suite: str
+    model: str
+    seed: int
+    overrides: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Folder name of the run."""
+        return f"{self.model}_seed{self.seed}"
+
+
+def experiments(suites: list[str]) -> list[Experiment]:
+    """Lists the runs of the named suites."""
+    runs = []
+    if "ratio" in suites:
+        for ratio in (2, 4, 8):
+            target = f"model.target_tokens_per_concept={ratio}"
+            runs.append(Experiment("ratio", f"dlcm_r{ratio}", 0, (target,)))
+        for mode in ("ema_ste", "learned_local", "rule"):
+            overrides = (f"model.boundary_mode={mode}",)
+            runs.append(Experiment("ratio", f"{mode}_r4", 0, overrides))
+    if "quality" in suites:
+        for seed in _SEEDS:
+            runs.append(Experiment("quality", "dlcm_r4", seed, ()))
+            runs.append(Experiment("quality", "dense", seed, _DENSE))
+            fixed = ("model.boundary_mode=fixed",)
+            runs.append(Experiment("quality", "fixed_r4", seed, fixed))
+    # the R = 4 run of seed 0 serves both suites
+    return list({run.name: run for run in runs}.values())
+
+
+def run_experiment(run: Experiment, data: list[str], folder: Path, steps: int) -> None:
+    """Trains one run through the command line, unless it is finished."""
+    run_folder = folder / run.name
+    if (run_folder / "summary.json").exists():
+        return
+    config = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+    overrides = [
+        *_SHAPE,
+        *data,
+        f"name={run.name}",
+        f"seed={run.seed}",
+        f"output_dir={run_folder}",
+        f"training.train_steps={steps}",
+        "training.global_batch_size=16",
+        "training.micro_batch_size=16",
+        "data.seq_len=256",
+        "evaluation.interval_steps=0",
+        f"checkpoint.interval_steps={steps}",
+        "checkpoint.keep=1",
+        *run.overrides,
+    ]
+    megadlcm("train", str(config), *overrides, log=folder / f"{run.name}.log")
+    summary = summarize(run_folder, run.suite, run.model, run.seed)
+    (run_folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def main() -> None:
+    """Runs the suites and writes the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("suites", nargs="+", choices=("ratio", "quality"))
+    parser.add_argument("--text", type=Path, required=True, help="folder of real text")
+    parser.add_argument("--folder", type=Path, default=Path("runs/experiments"))
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    arguments = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    data = prepare_shards(arguments.text, arguments.folder / "shards")
+    runs = experiments(arguments.suites)
+    with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+        jobs = [
+            pool.submit(run_experiment, run, data, arguments.folder, arguments.steps)
+            for run in runs
+        ]
+        for job in concurrent.futures.as_completed(jobs):
+            job.result()
+            write_tables(arguments.folder, arguments.results)
+
+
+if __name__ == "__main__":
+    main()
