@@ -34,7 +34,7 @@ _SHAPE = (
     "model.concept_ffn_size=512",
 )
 # every layer on tokens, keys and values for each head, inner width set for equal forward FLOPs
-_DENSE = ("model.architecture=dense", "model.token_kv_heads=4", "model.token_ffn_size=336")
+_DENSE = ("model.architecture=dense", "model.token_kv_heads=4", "model.token_ffn_size=344")
 _SEEDS = (0, 1, 2)
 
 
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("suites", nargs="+", choices=("ratio", "quality"))
     parser.add_argument("--text", type=Path, required=True, help="folder of real text")
     parser.add_argument("--folder", type=Path, default=Path("runs/experiments"))
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
