@@ -80,11 +80,11 @@ def estimate_memory(config: RunConfig, data_parallel_size: int) -> MemoryEstimat
 def activation_bytes(config: RunConfig, num_tokens: float, num_concepts: float) -> float:
     """Estimates what the forward pass of one micro-batch keeps for its backward pass.
 
-    A block keeps 6 D + 2 K + 4 F elements a row: both inputs of the norms, both normed states,
-    queries and attention output (D each), keys and values (K), and gate, silu(gate), up and their
-    product (F). With recomputation it keeps its input, and one block at a time the rest. The head
-    keeps w V a token of logits and 8 V of the loss in fp32. The fused kernels keep no attention
-    map; the reference back-end adds one per document, which is not counted.
+    A block keeps 8 D + 2 K + 4 F elements a row: for each norm its input, the scaled input and its
+    output, the queries and the output of attention (D each), keys and values (K), and gate,
+    silu(gate), up and their product (F). A fused norm saves one D. With recomputation it keeps its
+    input, and one block at a time the rest. The head keeps w V a token of logits and 8 V of the
+    loss in fp32. Attention maps are not counted: the fused kernels keep none.
 
     Args:
         config: the run.
@@ -117,19 +117,19 @@ def activation_bytes(config: RunConfig, num_tokens: float, num_concepts: float) 
 
 
 def _stack_elements(num_layers: int, block: float, block_input: float, recompute: bool) -> float:
-    return num_layers * (block_input if recompute else block) + 2 * block_input
+    return num_layers * (block_input if recompute else block) + 3 * block_input
 
 
 def _block_elements(model: ModelConfig, width: int, kv_width: int, ffn_size: int) -> int:
-    qk_norm = width + kv_width if model.self_attention_qk_norm else 0
-    return 6 * width + 2 * kv_width + 4 * ffn_size + qk_norm
+    qk_norm = 2 * (width + kv_width) if model.self_attention_qk_norm else 0
+    return 8 * width + 2 * kv_width + 4 * ffn_size + qk_norm
 
 
 def _bridge_bytes(model: ModelConfig, size: int, num_tokens: float, num_concepts: float) -> float:
     """Detector (fp32), concept pool and concept reader."""
     kv = model.token_kv_heads * model.token_head_size
-    detector = num_tokens * 3 * (model.boundary_size or model.d_token) * _FP32
-    reader = num_tokens * 5 * model.d_token + num_concepts * (3 * model.d_concept + 4 * kv)
+    detector = num_tokens * (model.d_token + 4 * (model.boundary_size or model.d_token)) * _FP32
+    reader = num_tokens * 7 * model.d_token + num_concepts * (3 * model.d_concept + 6 * kv)
     pool = num_concepts * (model.d_token + model.d_concept)
     return detector + size * (reader + pool)
 
