@@ -1,0 +1,143 @@
+"""Imports go one way, and every heavy dependency enters by one door."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+OURS = ("megadlcm", "data_pipeline", "launchers")
+SOURCES = sorted(path for package in OURS for path in (ROOT / package).rglob("*.py"))
+
+# package or module -> what it may import of ours; the longest name that fits a module decides
+MAY_IMPORT = {
+    "data_pipeline": ("data_pipeline",),
+    "megadlcm": OURS[:2],
+    "megadlcm.config": ("megadlcm.config", "data_pipeline.config", "data_pipeline.errors"),
+    "megadlcm.ops": ("megadlcm.ops",),
+    "megadlcm.model": ("megadlcm.model", "megadlcm.ops", "megadlcm.config"),
+    "megadlcm.parallel": (
+        "megadlcm.parallel",
+        "megadlcm.model",
+        "megadlcm.ops",
+        "megadlcm.config",
+        "data_pipeline.errors",
+    ),
+    "megadlcm.training": (
+        "megadlcm.training",
+        "megadlcm.parallel",
+        "megadlcm.model",
+        "megadlcm.ops",
+        "megadlcm.config",
+        "data_pipeline",
+    ),
+    "launchers": ("launchers", "megadlcm.config"),
+}
+# heavy dependency -> the files that may import it
+DOORS = {
+    "deepspeed": ("megadlcm/training/engine.py",),
+    "flash_attn": ("megadlcm/ops/attention.py",),
+    "webdataset": ("data_pipeline/",),
+    "yaml": ("megadlcm/config/decode.py",),
+    "torch.utils.tensorboard": ("megadlcm/training/metrics.py",),
+    "tensorboard": ("megadlcm/training/metrics.py",),
+}
+NO_TORCH = ("data_pipeline", "megadlcm.config", "megadlcm.plan", "launchers")
+NO_TORCH_DISTRIBUTED = ("megadlcm.ops", "megadlcm.model")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(tree: ast.AST) -> Iterator[str]:
+    """Dotted names that a file imports, those inside functions included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def is_below(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+def forbidden_imports(module: str, tree: ast.AST) -> list[str]:
+    """Imports of a module that its package may not have."""
+    rule = max((name for name in MAY_IMPORT if is_below(module, name)), key=len)
+    allowed = MAY_IMPORT[rule]
+    found = []
+    for name in imports_of(tree):
+        ours = any(is_below(name, package) for package in OURS)
+        if ours and not any(is_below(name, package) for package in allowed):
+            found.append(name)
+        if is_below(name, "torch") and any(is_below(module, p) for p in NO_TORCH):
+            found.append(name)
+        distributed = is_below(name, "torch.distributed")
+        if distributed and any(is_below(module, p) for p in NO_TORCH_DISTRIBUTED):
+            found.append(name)
+    return found
+
+
+def doors_broken(path: str, tree: ast.AST) -> list[str]:
+    """Heavy dependencies, and the environment, that a file may not reach for."""
+    found = [
+        name
+        for name in imports_of(tree)
+        for heavy, doors in DOORS.items()
+        if is_below(name, heavy) and not path.startswith(doors)
+    ]
+    reads_environment = any(
+        isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "putenv")
+        for node in ast.walk(tree)
+    )
+    if reads_environment and path != "megadlcm/parallel/mesh.py":
+        found.append("os.environ")
+    return found
+
+
+def test_imports_go_one_way() -> None:
+    trees = {module_name(path): ast.parse(path.read_text("utf-8")) for path in SOURCES}
+    assert len(trees) > 40
+    found = {module: forbidden_imports(module, tree) for module, tree in trees.items()}
+    assert {module: names for module, names in found.items() if names} == {}
+
+
+def test_heavy_dependencies_enter_by_their_door() -> None:
+    paths = {path.relative_to(ROOT).as_posix(): path for path in SOURCES}
+    found = {name: doors_broken(name, ast.parse(p.read_text("utf-8"))) for name, p in paths.items()}
+    assert {name: names for name, names in found.items() if names} == {}
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "name"),
+    [
+        ("megadlcm.ops.boundary", "from megadlcm.config import RunConfig", "megadlcm.config"),
+        ("megadlcm.model.dlcm", "import megadlcm.training.step", "megadlcm.training"),
+        ("megadlcm.model.dlcm", "import torch.distributed", "torch.distributed"),
+        ("data_pipeline.order", "from megadlcm import config", "megadlcm.config"),
+        ("megadlcm.config.run", "def f():\n    import torch", "torch"),
+        ("megadlcm.config.run", "from data_pipeline.loader import StepLoader", "data_pipeline"),
+    ],
+)
+def test_a_forbidden_import_is_found(module: str, line: str, name: str) -> None:
+    found = forbidden_imports(module, ast.parse(line))
+    assert len(found) == 1
+    assert found[0].startswith(name)
+
+
+@pytest.mark.parametrize(
+    "line", ["import yaml", "from deepspeed import comm", "import os\nos.environ['A']"]
+)
+def test_a_second_door_is_found(line: str) -> None:
+    assert doors_broken("megadlcm/training/step.py", ast.parse(line))
+
+
+def test_tests_have_no_package_files() -> None:
+    assert not list((ROOT / "tests").rglob("__init__.py"))

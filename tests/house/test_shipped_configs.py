@@ -1,0 +1,92 @@
+"""Every shipped configuration loads, can be planned, and is as large as its table states."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megadlcm.cli import main
+from megadlcm.config import load_config
+from megadlcm.config.accounting import count_parameters
+from megadlcm.model import build_model
+
+FOLDER = Path(__file__).parents[2] / "configs"
+FILES = sorted(FOLDER.glob("*.yaml"))
+NAMES = [path.name for path in FILES]
+STATED_BILLIONS = {
+    "dlcm_87m.yaml": 0.087,
+    "dlcm_274m.yaml": 0.273,
+    "dlcm_468m.yaml": 0.467,
+    "dlcm_834m.yaml": 0.835,
+    "dlcm_2.3b.yaml": 2.340,
+    "dense_1.3b.yaml": 1.302,
+}
+
+
+def stated_parameters() -> dict[str, int]:
+    """Parameters by file name, from the table in configs/README.md."""
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[([\w.]+)\]\([\w.]+\) \| ([\d,]+) \|", text, re.MULTILINE)
+    return {name: int(count.replace(",", "")) for name, count in rows}
+
+
+def test_the_table_names_every_file_and_no_other() -> None:
+    assert set(stated_parameters()) == set(NAMES)
+    assert set(NAMES) >= {"quickstart.yaml", *STATED_BILLIONS}
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_a_shipped_config_has_the_stated_parameters(path: Path) -> None:
+    config = load_config(path)
+    model = build_model(config.model, config.mup, device="meta")
+    real = sum(parameter.numel() for parameter in model.parameters())
+    assert real == count_parameters(config.model)["total"] == stated_parameters()[path.name]
+    if path.name in STATED_BILLIONS:
+        assert round(real / 1e9, 3) == STATED_BILLIONS[path.name]
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_a_shipped_config_can_be_planned(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(path)]) == 0
+    assert path.stem in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_a_shipped_config_writes_to_a_folder_of_its_own_name(path: Path) -> None:
+    config = load_config(path)
+    assert config.name == path.stem
+    assert path.stem in Path(config.output_dir).parts
+
+
+def test_the_large_files_share_data_and_proportions() -> None:
+    configs = [load_config(FOLDER / name) for name in STATED_BILLIONS]
+    assert [source.weight for source in configs[0].data.train] == [50, 25, 15, 10]
+    for config in configs:
+        assert config.data == configs[0].data
+        model = config.model
+        assert (model.vocab_size, model.token_head_size) == (128_815, 64)
+        if model.architecture == "dlcm":
+            assert model.d_concept == 2 * model.d_token
+            assert model.token_heads == 2 * model.token_kv_heads
+            assert model.concept_heads == 2 * model.concept_kv_heads
+            assert model.token_ffn_size == 4 * model.d_token
+            assert model.concept_ffn_size == 2 * model.d_concept
+
+
+def test_the_quickstart_can_be_cut_four_ways() -> None:
+    model = load_config(FOLDER / "quickstart.yaml").model
+    sizes = (
+        model.vocab_size,
+        model.d_token,
+        model.d_concept,
+        model.token_heads,
+        model.token_kv_heads,
+        model.concept_heads,
+        model.concept_kv_heads,
+        model.token_ffn_size,
+        model.concept_ffn_size,
+    )
+    assert [size % 4 for size in sizes] == [0] * len(sizes)
+    assert model.num_layers >= 8
