@@ -31,7 +31,9 @@ _MAX_DIGITS = 18
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a run: defaults < file < overrides.
 
-    Values are taken as they are, with one exception: data.seed null becomes the run's seed.
+    Values are taken as they are, with two exceptions: data.seed null becomes the run's seed, and a
+    length of the run given as an override replaces the file's, whichever of train_steps and
+    train_tokens either uses.
 
     Args:
         path: YAML file.
@@ -44,9 +46,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         InputError: the file is missing or no YAML, or a key or value is not valid.
     """
     tree = _read_file(Path(path))
+    _drop_replaced_length(tree, overrides)
     for override in overrides:
         _apply_override(tree, override)
     return config_from_dict(tree)
+
+
+def _drop_replaced_length(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    lengths = ("train_steps", "train_tokens")
+    given = {override.partition("=")[0] for override in overrides}
+    if given & {f"training.{name}" for name in lengths}:
+        section = tree.get("training")
+        if isinstance(section, dict):
+            for name in lengths:
+                section.pop(name, None)
 
 
 def config_from_dict(tree: Mapping[str, Any]) -> RunConfig:

@@ -44,28 +44,34 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
     for key in sorted(members, key=lambda key: (GROUPS.index(key[0]), key[1:])):
         group, learning_rate_scale, eps_scale, decays = key
         peak = base_learning_rate(config.optimizer, group) * learning_rate_scale
+        betas, eps = _adam_constants(config.optimizer, group)
         groups.append(
             {
                 "params": members[key],
                 "mup_group": group,
                 "peak_learning_rate": peak,
                 "lr": peak,
-                "eps": config.optimizer.eps * eps_scale,
-                "betas": _betas(config.optimizer, group),
+                "eps": eps * eps_scale,
+                "betas": betas,
                 "weight_decay": config.optimizer.weight_decay if decays else 0.0,
             }
         )
     return groups
 
 
-def _betas(config: OptimizerConfig, group: str) -> tuple[float, float]:
-    """AdamW's averages for a muP group.
+def _adam_constants(config: OptimizerConfig, group: str) -> tuple[tuple[float, float], float]:
+    """AdamW's averages and base epsilon for a muP group.
 
     The boundary projections are trained by the ratio loss alone, which is an integral controller
-    of the boundary rate. A running mean of its gradient is a lag in that control loop and makes
-    the rate oscillate (measured: between a third and three times the target), so they have none.
+    of the boundary rate, and AdamW's usual constants make a bad one. The running mean of the
+    gradient is a lag: the rate swings for dozens of steps. Dividing by the running square keeps
+    steps at full size however small the error: the rate alternates around the target, at 3e-3
+    between half and twice of it. Without the mean, and with an epsilon as large as the gradient
+    at a third of error, the step is proportional to the error and the rate settles.
     """
-    return config.boundary_betas if group == "boundary" else config.betas
+    if group == "boundary":
+        return config.boundary_betas, config.boundary_eps
+    return config.betas, config.eps
 
 
 def _group_key(rule: ParameterRule) -> tuple[str, float, float, bool]:
