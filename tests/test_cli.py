@@ -24,7 +24,7 @@ def all_commands() -> list[list[str]]:
     while todo:
         words, parser = todo.pop()
         for action in parser._subparsers._group_actions if parser._subparsers else []:
-            for name, child in action.choices.items():  # type: ignore[union-attr]
+            for name, child in action.choices.items():
                 found.append([*words, name])
                 todo.append(([*words, name], child))
     return found

@@ -14,7 +14,7 @@ from megadlcm.config import InputError, load_config
     [
         (["training.micro_batch_size=3"], "not a multiple of training.micro_batch_size = 3"),
         (["training.global_batch_size=0"], r"training\.global_batch_size = 0"),
-        (["training.train_tokens=1e6"], "exactly one must be given"),
+        (["training.train_tokens=1e6", "training.train_steps=1"], "exactly one must be given"),
         (["training.train_steps=null"], "exactly one must be given"),
         (["training.train_steps=0"], r"training\.train_steps = 0"),
         (["training.max_grad_norm=-1"], "must be a number >= 0"),
@@ -53,6 +53,23 @@ def test_a_budget_in_tokens_is_rounded_up_to_whole_steps(run_file: Path) -> None
     config = load_config(run_file, budget)
     assert (config.step_tokens, config.total_steps) == (1024, 2)
     assert load_config(run_file).total_steps == 10
+
+
+def test_a_budget_on_the_command_line_replaces_the_one_of_the_file(run_file: Path) -> None:
+    by_tokens = load_config(run_file, ["training.train_tokens=4096"])
+    assert (by_tokens.training.train_steps, by_tokens.total_steps) == (None, 4)
+    text = run_file.read_text(encoding="utf-8").replace("train_steps: 10", "train_tokens: 4096")
+    run_file.write_text(text, encoding="utf-8")
+    assert load_config(run_file).total_steps == 4
+    assert load_config(run_file, ["training.train_steps=7"]).total_steps == 7
+
+
+def test_a_budget_given_twice_in_a_file_is_refused(run_file: Path) -> None:
+    text = run_file.read_text(encoding="utf-8")
+    text = text.replace("train_steps: 10", "train_steps: 10\n  train_tokens: 4096")
+    run_file.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match="exactly one must be given"):
+        load_config(run_file)
 
 
 def test_bf16_trains_from_stage_one_on(run_file: Path) -> None:
