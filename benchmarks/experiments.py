@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("suites", nargs="+", choices=("ratio", "quality"))
     parser.add_argument("--text", type=Path, required=True, help="folder of real text")
     parser.add_argument("--folder", type=Path, default=Path("runs/experiments"))
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()

@@ -13,12 +13,13 @@ medians of the round-by-round ratios are printed: a machine that slows down slow
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -80,7 +81,6 @@ def measure(config: RunConfig, rounds: int, steps: int) -> dict[str, object]:
     Returns:
         Median ratios, their range, and what was compared.
     """
-    torch.set_num_threads(torch.get_num_threads())
     mesh = join_process_group()
     batches = _read_batches(config, steps)
     dense_model = dense_with_equal_flops(config.model, config.data.seq_len)
@@ -92,10 +92,12 @@ def measure(config: RunConfig, rounds: int, steps: int) -> dict[str, object]:
         with open_trainer(trainer_config, _mesh(mesh)) as trainer:
             for index in range(rounds + 1):
                 for name, loop in loops.items():
-                    seconds[name].append(_time(lambda loop=loop: [loop.run(b) for b in batches]))
-                seconds["trainer"].append(
-                    _time(lambda: [trainer.train_one() for _ in range(steps)])
-                )
+                    with _timed(seconds[name]):
+                        for batch in batches:
+                            loop.run(batch)
+                with _timed(seconds["trainer"]):
+                    for _ in range(steps):
+                        trainer.train_one()
                 if index == 0:  # the first round warms up
                     seconds = {name: [] for name in seconds}
     tokens = sum(batch.num_tokens for batch in batches)
@@ -145,10 +147,11 @@ def _tensors(
     )
 
 
-def _time(work: Callable[[], object]) -> float:
+@contextlib.contextmanager
+def _timed(seconds: list[float]) -> Iterator[None]:
     start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    yield
+    seconds.append(time.perf_counter() - start)
 
 
 def _ratio(numerator: list[float], denominator: list[float]) -> dict[str, float]:

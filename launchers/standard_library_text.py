@@ -6,6 +6,7 @@ import ast
 import json
 import sysconfig
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "encodings", "site-packages", "__pycache__"}
@@ -67,10 +68,10 @@ def _source_files(max_bytes: int) -> Iterator[tuple[Path, str]]:
 def _prose(sources: list[tuple[Path, str]]) -> Iterator[tuple[str, str]]:
     """The language reference that `help()` shows, and each module's docstrings."""
     try:
-        from pydoc_data.topics import topics
-    except ImportError:  # some distributions ship the help texts apart
-        topics = {}
-    for name, text in sorted(topics.items()):
+        help_texts = import_module("pydoc_data.topics").topics
+    except ImportError:  # some distributions ship them apart
+        help_texts = {}
+    for name, text in sorted(help_texts.items()):
         if len(text) >= _MIN_PROSE_CHARACTERS:
             yield f"topic/{name}", text
     for path, text in sources:

@@ -78,14 +78,11 @@ class OptimizerConfig:
     concept_learning_rate: float | None = None
     """The same for matrices that read concept width; None means learning_rate."""
 
-    boundary_learning_rate: float = 1e-3
-    """The same for the boundary detector: the largest step of the ratio controller."""
+    boundary_learning_rate: float = 3e-4
+    """The same for the boundary detector, not scheduled: largest step of the ratio controller."""
 
     boundary_betas: tuple[float, float] = (0.0, 0.95)
     """AdamW's averages for the boundary detector; no running mean, which would be a lag."""
-
-    boundary_eps: float = 1.2e-5
-    """AdamW's epsilon for the boundary detector; errors of the ratio below it shrink the step."""
 
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of AdamW's running mean and running square."""
@@ -102,7 +99,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         """Checks the ranges; raises InputError."""
         require_choice("optimizer", self, "name", get_args(OptimizerName))
-        require_positive("optimizer", self, "learning_rate", "eps", "boundary_eps")
+        require_positive("optimizer", self, "learning_rate", "eps")
         require_at_least("optimizer", self, 0, "weight_decay", *_GROUP_RATES)
         for key in ("betas", "boundary_betas"):
             if not all(0.0 <= beta < 1.0 for beta in getattr(self, key)):

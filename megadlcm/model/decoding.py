@@ -171,7 +171,7 @@ def _stack_step(stack: Stack, cache: StackCache, states_1D: Tensor) -> Tensor:
     position = torch.tensor([cache.length], device=states_1D.device)
     shape = stack.shape
     rotary = rotation(position, shape.head_size, shape.rope_theta, states_1D.dtype)
-    for index, block in enumerate(stack.blocks):
+    for index, block in enumerate(stack.layers):
         query, key, value = block.attention.project(block.attention_norm(states_1D), rotary)
         keys, values = cache.extend(index, key, value)
         states_1D = states_1D + block.attention.wo(_attend(query, keys, values, None))
@@ -183,8 +183,10 @@ def _stack_step(stack: Stack, cache: StackCache, states_1D: Tensor) -> Tensor:
 def _attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
     """One query row against all cached rows; (1, N * H)."""
     grouped = query.shape[1] != keys.shape[1]
-    states = (part.transpose(0, 1).unsqueeze(0) for part in (query, keys, values))
-    output = F.scaled_dot_product_attention(*states, attn_mask=bias, enable_gqa=grouped)
+    batched = [part.transpose(0, 1).unsqueeze(0) for part in (query, keys, values)]
+    output = F.scaled_dot_product_attention(
+        batched[0], batched[1], batched[2], attn_mask=bias, enable_gqa=grouped
+    )
     return output.transpose(1, 2).reshape(1, -1)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from megadlcm.config import ModelConfig
 from megadlcm.model.dlcm import token_shape
@@ -22,7 +22,7 @@ class Dense(LanguageModel):
         self.decoder = Stack(token_shape(config, num_layers))
 
     @property
-    def stacks(self) -> list[nn.Module]:
+    def stacks(self) -> list[Stack]:
         """The one stack."""
         return [self.decoder]
 

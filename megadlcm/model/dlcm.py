@@ -5,7 +5,7 @@ Letters: T tokens, S documents, M concepts, D d_token, C d_concept, V vocabulary
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from megadlcm.config import ModelConfig
 from megadlcm.model.chunking import BoundaryDetector, BoundaryOutput, ConceptPool, ConceptReader
@@ -58,7 +58,7 @@ class DLCM(LanguageModel):
         self.decoder = Stack(token_shape(config, config.decoder_layers))
 
     @property
-    def stacks(self) -> list[nn.Module]:
+    def stacks(self) -> list[Stack]:
         """The stacks of blocks, in the order of the computation."""
         return [self.encoder, self.backbone, self.decoder]
 

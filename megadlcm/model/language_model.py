@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from megadlcm.config import ModelConfig
 from megadlcm.model.output import ModelOutput
-from megadlcm.model.transformer import Linear
+from megadlcm.model.transformer import Linear, Stack
 from megadlcm.ops.attention import choose_backend
 from megadlcm.ops.boundary import BoundarySampling
 
@@ -38,7 +38,7 @@ class LanguageModel(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def stacks(self) -> list[nn.Module]:
+    def stacks(self) -> list[Stack]:
         """The stacks of blocks, in the order of the computation."""
 
     @abstractmethod

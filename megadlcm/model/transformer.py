@@ -135,6 +135,11 @@ class Stack(nn.Module):
         self.norm = RMSNorm(shape.width, shape.norm_eps)
         self.recompute = False
 
+    @property
+    def layers(self) -> list[Block]:
+        """The blocks, in the order of the computation."""
+        return [block for block in self.blocks if isinstance(block, Block)]
+
     def forward(self, states_TD: Tensor, packing: Packing, backend: str) -> Tensor:
         """Runs the blocks over packed rows.
 
@@ -149,7 +154,7 @@ class Stack(nn.Module):
         rotary = rotation(
             packing.position, self.shape.head_size, self.shape.rope_theta, states_TD.dtype
         )
-        for block in self.blocks:
+        for block in self.layers:
             if self.recompute and torch.is_grad_enabled():
                 # no block draws random numbers, so there is no generator state to keep
                 states_TD = checkpoint(

@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -149,9 +150,16 @@ def _document_attention(
 ) -> Tensor:
     """Attention inside `count` documents of equal length laid end to end."""
     grouped = query.shape[1] != key.shape[1]
-    states = (part.view(count, -1, *part.shape[1:]).transpose(1, 2) for part in (query, key, value))
+    batched = [
+        part.view(count, -1, *part.shape[1:]).transpose(1, 2) for part in (query, key, value)
+    ]
     output = F.scaled_dot_product_attention(
-        *states, attn_mask=bias, is_causal=bias is None, enable_gqa=grouped
+        batched[0],
+        batched[1],
+        batched[2],
+        attn_mask=bias,
+        is_causal=bias is None,
+        enable_gqa=grouped,
     )
     return output.transpose(1, 2).reshape(query.shape)
 
@@ -173,16 +181,18 @@ def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packin
         repeats = query.shape[1] // key.shape[1]
         key, value = (part.repeat_interleave(repeats, dim=1) for part in (key, value))
     cu_seqlens, longest = packing.cu_seqlens, packing.max_seqlen
-    return varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options)
+    output = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options)
+    assert isinstance(output, Tensor), "only return_aux adds a second result"
+    return output
 
 
 @functools.cache
-def _varlen_options() -> dict[str, object]:
+def _varlen_options() -> dict[str, Any]:
     """Says causal, grouped attention in the words of the installed torch (they changed)."""
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters
-    options: dict[str, object] = (
+    options: dict[str, Any] = (
         {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     )
     return options | ({"enable_gqa": True} if "enable_gqa" in known else {})

@@ -33,9 +33,14 @@ def learning_rate_factor(schedule: ScheduleConfig, step: int, train_steps: int) 
 
 
 def apply_learning_rates(optimizer: Optimizer, factor: float) -> None:
-    """Sets the learning rate of every parameter group to its own peak times the factor."""
+    """Sets the learning rate of every parameter group to its own peak times the factor.
+
+    The boundary projections keep their peak: their rate is the gain of the ratio controller, which
+    is needed most while everything else warms up.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_learning_rate"] * factor
+        share = 1.0 if group["mup_group"] == "boundary" else factor
+        group["lr"] = group["peak_learning_rate"] * share
 
 
 def learning_rates(optimizer: Optimizer) -> dict[str, float]:
