@@ -53,7 +53,7 @@ class DataConfig:
     seed: int | None = None
     """Seed of the order of documents and samples; None means the seed of the run."""
 
-    shuffle_block: int = 1024
+    shuffle_block: int = 16384
     """Samples that are permuted among themselves; 1 keeps the windows in stream order."""
 
     prefetch_steps: int = 2
