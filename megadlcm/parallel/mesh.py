@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -189,7 +189,7 @@ def join_process_group() -> ParallelMesh:
 
 def _initialize(launch: LaunchEnvironment, backend: str) -> None:
     if launch.world_size == 1:
-        store = cast(dist.Store, dist.HashStore())
+        store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
         return
     if not launch.master_address:

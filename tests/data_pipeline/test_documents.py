@@ -17,7 +17,7 @@ from tests.tiny_shards import TEXTS, one_line, write_jsonl
 def read(*patterns: Path | str, **options: object) -> list[TextDocument]:
     """Reads all documents of the patterns."""
     files = find_inputs([str(pattern) for pattern in patterns])
-    return list(read_documents(files, ReadCounts(), **options))  # type: ignore[arg-type]
+    return list(read_documents(files, ReadCounts(), **options))
 
 
 def test_plain_gzip_and_zstd_lines_are_the_same_documents(tmp_path: Path) -> None:

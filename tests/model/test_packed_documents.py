@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megadlcm.model import DLCM, build_model
 from megadlcm.ops.cross_entropy import token_cross_entropy
@@ -195,7 +195,7 @@ def test_packed_documents_of_the_dense_control_equal_each_document_alone() -> No
 def test_recomputing_blocks_changes_no_bit(mode: str, training: bool) -> None:
     """Peers' list 44: same loss, gradients and concepts; the boundaries are drawn once."""
     tokens_T, cu_seqlens = pack(random_documents(LENGTHS, seed=27))
-    results = []
+    results: list[tuple[Tensor, Tensor, dict[str, nn.Parameter]]] = []
     for recompute in ("none", "block"):
         model = tiny_model(training=training, boundary_mode=mode)
         model.set_recompute(recompute)

@@ -40,7 +40,8 @@ def random_layout(
 def loop_layout(mask_T: Tensor, packing: Packing, align: str) -> dict[str, list[int]]:
     """The table in the docstring of segments.py, token by token."""
     mask = mask_T.tolist()
-    cu_concepts, visible, pooled, boundaries = [0], [], [], []
+    cu_concepts, visible, pooled = [0], [], []
+    boundaries: list[int] = []
     for start, stop in zip(packing.bounds, packing.bounds[1:], strict=False):
         first = len(boundaries)
         pending: list[int] = []
