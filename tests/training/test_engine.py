@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import InputError
+from megadlcm.config import RunConfig
+from megadlcm.training.engine import (
+    check_deepspeed_version,
+    deepspeed_dictionary,
+    gradient_accumulation_steps,
+)
+from megadlcm.training.state import TrainState
+from megadlcm.training.step import TrainStep
+from tests.tiny_runs import step_loader, tiny_engine
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "deepspeed_dictionary.json"
+
+
+def test_the_deepspeed_dictionary_is_the_recorded_one(make_run: Callable[..., RunConfig]) -> None:
+    """Any change of a key changes what is trained: record it on purpose or not at all."""
+    config = make_run(
+        training={
+            "global_batch_size": 24,
+            "micro_batch_size": 3,
+            "precision": "bf16",
+            "max_grad_norm": 0.5,
+        },
+        parallel={"zero_stage": 1},
+    )
+    assert deepspeed_dictionary(config, data_parallel_size=4) == json.loads(GOLDEN.read_text())
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_what_deepspeed_would_decide_silently_is_written_out(
+    make_run: Callable[..., RunConfig], zero_stage: int
+) -> None:
+    config = make_run(parallel={"zero_stage": zero_stage}, training={"max_grad_norm": 0.0})
+    values = deepspeed_dictionary(config, 1)
+    assert values["gradient_clipping"] == 0.0  # absent means 1.0
+    assert values["data_types"] == {"grad_accum_dtype": "fp32"}  # absent means the model's
+    assert values["bf16"]["enabled"] is False
+    assert values["zero_optimization"]["stage"] == zero_stage
+    assert values["gradient_accumulation_steps"] == 2
+
+
+def test_a_global_batch_that_does_not_divide_names_the_three_numbers(
+    make_run: Callable[..., RunConfig],
+) -> None:
+    config = make_run(training={"global_batch_size": 8, "micro_batch_size": 2})
+    assert gradient_accumulation_steps(config, 2) == 2
+    with pytest.raises(InputError, match=r"global_batch_size = 8 .* 2 \* 3"):
+        gradient_accumulation_steps(config, 3)
+
+
+@pytest.mark.parametrize("version", ["0.18.3", "0.19.2", "0.19.7", "0.20.0", "1.0.0"])
+def test_a_deepspeed_whose_arithmetic_was_not_checked_is_refused(version: str) -> None:
+    with pytest.raises(InputError, match=version):
+        check_deepspeed_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.19.8", "0.19.9", "0.19.8+local"])
+def test_the_pinned_deepspeed_is_accepted(version: str) -> None:
+    check_deepspeed_version(version)
+    check_deepspeed_version()
+
+
+@pytest.mark.parametrize(
+    ("precision", "zero_stage"), [("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 2)]
+)
+def test_our_gradient_norm_is_deepspeeds_before_clipping(
+    make_run: Callable[..., RunConfig], precision: str, zero_stage: int
+) -> None:
+    config = make_run(
+        training={"precision": precision, "max_grad_norm": 1e-3},
+        parallel={"zero_stage": zero_stage},
+    )
+    engine = tiny_engine(config)
+    loader = step_loader(config)
+    result = TrainStep(engine, config).run(next(loader), TrainState())
+    loader.close()
+    assert result.grad_norm == pytest.approx(
+        float(engine.deepspeed.get_global_grad_norm()), rel=1e-5
+    )
+    assert result.grad_norm > 100 * config.training.max_grad_norm
+    squares = sum(norm**2 for norm in result.group_grad_norms.values())
+    assert squares == pytest.approx(result.grad_norm**2)
+    assert min(result.group_grad_norms.values()) > 0
