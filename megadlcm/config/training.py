@@ -141,10 +141,13 @@ class MupConfig:
     init_std: float = 0.02
     """Standard deviation of the initial matrices at base_width."""
 
+    embedding_std: float = 1.0
+    """Standard deviation of the initial token embeddings, at every width."""
+
     def __post_init__(self) -> None:
         """Checks the ranges; raises InputError."""
         require_at_least("mup", self, 1, "base_width")
-        require_positive("mup", self, "init_std")
+        require_positive("mup", self, "init_std", "embedding_std")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,10 @@ Two widths, two multipliers: s_token = d_token / base_width, s_concept = d_conce
 A matrix follows the multiplier of its fan-in: variance, learning rate and AdamW epsilon fall as
 1/s, while embeddings, gains and the head keep their base values (the head's logits are divided
 by s_token instead). Matrices that bridge the two widths follow the side they read from.
+
+Embeddings have a standard deviation of their own, 1 unless told otherwise. With small ones the
+residual stream of a fresh encoder is mostly what all tokens have in common, neighbours look alike,
+and the boundary scores travel far while that changes; the ratio then swings for the whole run.
 """
 
 from __future__ import annotations
@@ -112,9 +116,18 @@ def _rule(name: str, config: ModelConfig, mup: MupConfig) -> ParameterRule:
         else width_multiplier_token(config, mup)
     )
     scale = 1.0 / multiplier if group in _WIDTH_SCALED else 1.0
+    return ParameterRule(
+        group, _init_std(name, group, scale, config, mup), scale, scale, group in _DECAYING
+    )
+
+
+def _init_std(
+    name: str, group: str, scale: float, config: ModelConfig, mup: MupConfig
+) -> float | None:
+    if group == "embedding":
+        return mup.embedding_std
     zero = config.cross_output_zero_init and name == "concept_reader.wo.weight"
-    init_std = None if group in ("gain", "boundary") or zero else mup.init_std * math.sqrt(scale)
-    return ParameterRule(group, init_std, scale, scale, group in _DECAYING)
+    return None if group in ("gain", "boundary") or zero else mup.init_std * math.sqrt(scale)
 
 
 @torch.no_grad()

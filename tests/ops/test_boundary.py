@@ -179,7 +179,8 @@ def test_fixed_boundaries_come_every_r_tokens_of_each_document(ratio: float) -> 
     for start, stop in ((0, 100), (100, 101), (101, 141)):
         inside = mask_T[start:stop]
         assert bool(inside[0])
-        assert int(inside.sum()) == math.ceil((stop - start) / ratio)
+        # positions 0..n-1 hold floor((n-1) / R) + 1 multiples of R
+        assert int(inside.sum()) == math.floor((stop - start - 1) / ratio) + 1
     if ratio == 4.0:
         assert mask_T[101:].nonzero().flatten().tolist() == list(range(0, 40, 4))
 
