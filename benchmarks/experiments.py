@@ -16,8 +16,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.equal_flops import dense_with_equal_flops
 from benchmarks.report import summarize, write_tables
 from benchmarks.shared_text import VOCAB_SIZE, megadlcm, prepare_shards
+from megadlcm.config import load_config
 
 _SHAPE = (
     f"model.vocab_size={VOCAB_SIZE}",
@@ -33,9 +35,9 @@ _SHAPE = (
     "model.concept_kv_heads=4",
     "model.concept_ffn_size=512",
 )
-# every layer on tokens, keys and values for each head, inner width set for equal forward FLOPs
-_DENSE = ("model.architecture=dense", "model.token_kv_heads=4", "model.token_ffn_size=344")
+_SEQ_LEN = 256
 _SEEDS = (0, 1, 2)
+_CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,16 @@ class Experiment:
         return f"{self.model}_seed{self.seed}"
 
 
+def dense_overrides() -> tuple[str, ...]:
+    """The dense control that costs as many forward FLOPs per token as the DLCM at R = 4."""
+    dense = dense_with_equal_flops(load_config(_CONFIG, _SHAPE).model, _SEQ_LEN)
+    return (
+        "model.architecture=dense",
+        f"model.token_kv_heads={dense.token_kv_heads}",
+        f"model.token_ffn_size={dense.token_ffn_size}",
+    )
+
+
 def experiments(suites: list[str]) -> list[Experiment]:
     """Lists the runs of the named suites."""
     runs = []
@@ -66,7 +78,7 @@ def experiments(suites: list[str]) -> list[Experiment]:
     if "quality" in suites:
         for seed in _SEEDS:
             runs.append(Experiment("quality", "dlcm_r4", seed, ()))
-            runs.append(Experiment("quality", "dense", seed, _DENSE))
+            runs.append(Experiment("quality", "dense", seed, dense_overrides()))
             fixed = ("model.boundary_mode=fixed",)
             runs.append(Experiment("quality", "fixed_r4", seed, fixed))
     # the R = 4 run of seed 0 serves both suites
@@ -78,7 +90,6 @@ def run_experiment(run: Experiment, data: list[str], folder: Path, steps: int) -
     run_folder = folder / run.name
     if (run_folder / "summary.json").exists():
         return
-    config = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
     overrides = [
         *_SHAPE,
         *data,
@@ -88,13 +99,13 @@ def run_experiment(run: Experiment, data: list[str], folder: Path, steps: int) -
         f"training.train_steps={steps}",
         "training.global_batch_size=16",
         "training.micro_batch_size=16",
-        "data.seq_len=256",
+        f"data.seq_len={_SEQ_LEN}",
         "evaluation.interval_steps=0",
         f"checkpoint.interval_steps={steps}",
         "checkpoint.keep=1",
         *run.overrides,
     ]
-    megadlcm("train", str(config), *overrides, log=folder / f"{run.name}.log")
+    megadlcm("train", str(_CONFIG), *overrides, log=folder / f"{run.name}.log")
     summary = summarize(run_folder, run.suite, run.model, run.seed)
     (run_folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import itertools
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -80,9 +81,13 @@ def self_attention(
         return kernel(query_TNH, key_TKH, value_TKH, packing)
     if packing.num_documents == 1:
         return _document_attention(query_TNH, key_TKH, value_TKH, None)
+    runs = list(_equal_length_runs(packing))
+    sizes = [length * count for length, count in runs]
+    # one split, not a slice for each document: the gradient of a slice fills all T rows
+    parts = zip(query_TNH.split(sizes), key_TKH.split(sizes), value_TKH.split(sizes), strict=True)
     outputs = [
-        _document_attention(query_TNH[rows], key_TKH[rows], value_TKH[rows], None, count)
-        for rows, count in _equal_length_runs(packing)
+        _document_attention(query, key, value, None, count)
+        for (query, key, value), (_, count) in zip(parts, runs, strict=True)
     ]
     return torch.cat(outputs)
 
@@ -117,32 +122,26 @@ def concept_attention(
     if backend != "reference" and weighting == "count":
         key_TKH, value_TKH = replicate(key_MKH, layout), replicate(value_MKH, layout)
         return self_attention(query_TNH, key_TKH, value_TKH, packing, backend)
+    tokens, concepts = packing.lengths, layout.packing.lengths
+    parts = zip(
+        query_TNH.split(tokens),
+        key_MKH.split(concepts),
+        value_MKH.split(concepts),
+        layout.visible_concept_T.split(tokens),
+        layout.packing.bounds,
+        strict=False,  # the bounds end with the total
+    )
     outputs = []
-    for document in range(packing.num_documents):
-        rows = slice(*packing.bounds[document : document + 2])
-        concepts = slice(*layout.packing.bounds[document : document + 2])
-        bias = count_bias(
-            layout.visible_concept_T[rows],
-            concepts.start,
-            concepts.stop - concepts.start,
-            weighting,
-        )
-        outputs.append(
-            _document_attention(
-                query_TNH[rows], key_MKH[concepts], value_MKH[concepts], bias.to(query_TNH.dtype)
-            )
-        )
+    for query, key, value, visible_T, first in parts:
+        bias = count_bias(visible_T, first, key.shape[0], weighting)
+        outputs.append(_document_attention(query, key, value, bias.to(query.dtype)))
     return torch.cat(outputs)
 
 
-def _equal_length_runs(packing: Packing) -> Iterator[tuple[slice, int]]:
-    """Joins neighbouring documents of equal length: windows of one long text are the usual case."""
-    start, length, count = 0, 0, 0
-    for next_length in [*packing.lengths, 0]:
-        if next_length != length and count:
-            yield slice(start, start + length * count), count
-            start, count = start + length * count, 0
-        length, count = next_length, count + 1
+def _equal_length_runs(packing: Packing) -> Iterator[tuple[int, int]]:
+    """Length and number of neighbouring documents of equal length: windows of a text are many."""
+    for length, members in itertools.groupby(packing.lengths):
+        yield length, sum(1 for _ in members)
 
 
 def _document_attention(
