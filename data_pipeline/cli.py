@@ -8,6 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.errors import InputError
+
+DATA_EXAMPLE = """\
+example:
+  megadlcm data tokenizer --input 'corpus/*.jsonl.gz' --vocab-size 32000 --output tokenizer.json
+  megadlcm data prepare --input 'corpus/*.jsonl.gz' --tokenizer tokenizer.json --output shards
+  megadlcm data verify shards"""
+
 PREPARE_EXAMPLE = """\
 example:
   megadlcm data prepare --input 'corpus/en/*.jsonl.gz' --input 'corpus/zh/*.jsonl.gz' \\
@@ -36,13 +44,17 @@ def add_data_parser(subparsers: Any) -> None:
     Args:
         subparsers: what argparse's add_subparsers returned (its type has no public name).
     """
-    data = subparsers.add_parser("data", help="tokenizers and shard folders", allow_abbrev=False)
+    data = _add(subparsers, "data", "tokenizers and shard folders", DATA_EXAMPLE)
     commands = data.add_subparsers(dest="data_command", metavar="COMMAND", required=True)
 
     tokenizer = _add(commands, "tokenizer", "train a byte-level BPE tokenizer", TOKENIZER_EXAMPLE)
     _add_input(tokenizer)
-    tokenizer.add_argument("--vocab-size", type=int, required=True, metavar="N")
-    tokenizer.add_argument("--output", type=Path, required=True, metavar="FILE")
+    tokenizer.add_argument(
+        "--vocab-size", type=int, required=True, metavar="N", help="most entries it may have"
+    )
+    tokenizer.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="tokenizer.json to write"
+    )
     tokenizer.set_defaults(func=run_tokenizer)
 
     prepare = _add(commands, "prepare", "text to WebDataset shards and an index", PREPARE_EXAMPLE)
@@ -54,9 +66,15 @@ def add_data_parser(subparsers: Any) -> None:
         metavar="FILE",
         help="tokenizer.json, or a folder with it or with vocab.json and merges.txt",
     )
-    prepare.add_argument("--output", type=Path, required=True, metavar="DIR")
     prepare.add_argument(
-        "--shard-tokens", type=int, default=10_000_000, metavar="N", help="default: %(default)s"
+        "--output", type=Path, required=True, metavar="DIR", help="shard folder to write"
+    )
+    prepare.add_argument(
+        "--shard-tokens",
+        type=int,
+        default=10_000_000,
+        metavar="N",
+        help="most tokens of a shard (default: %(default)s)",
     )
     prepare.add_argument(
         "--domain",
@@ -71,20 +89,24 @@ def add_data_parser(subparsers: Any) -> None:
     prepare.set_defaults(func=run_prepare)
 
     inspect = _add(commands, "inspect", "what is in a shard folder", INSPECT_EXAMPLE)
-    inspect.add_argument("folder", type=Path, metavar="DIR")
+    inspect.add_argument("folder", type=Path, metavar="DIR", help="shard folder")
     inspect.set_defaults(func=run_inspect)
 
     verify = _add(commands, "verify", "check every byte of a shard folder", VERIFY_EXAMPLE)
-    verify.add_argument("folder", type=Path, metavar="DIR")
+    verify.add_argument("folder", type=Path, metavar="DIR", help="shard folder")
     verify.set_defaults(func=run_verify)
 
 
 def run_tokenizer(arguments: argparse.Namespace) -> int:
     """Trains a tokenizer on the documents and writes its tokenizer.json."""
     from data_pipeline.documents import ReadCounts, find_inputs, read_documents
+    from data_pipeline.output_folder import make_output_folder
     from data_pipeline.progress import Progress
     from data_pipeline.tokenizer import load_tokenizer, train_tokenizer
 
+    if arguments.output.is_dir():
+        raise InputError(f"--output {arguments.output}: is a folder, must be a file; add its name")
+    make_output_folder(arguments.output.parent, "--output")
     files = find_inputs(arguments.input)
     counts = ReadCounts()
     total = sum(file.path.stat().st_size for file in files)
@@ -97,7 +119,6 @@ def run_tokenizer(arguments: argparse.Namespace) -> int:
                 yield document.text
 
         contents = train_tokenizer(texts(), arguments.vocab_size)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = arguments.output.with_name(f"{arguments.output.name}.unfinished")
     unfinished.write_bytes(contents)
     os.replace(unfinished, arguments.output)

@@ -17,6 +17,7 @@ INDEX_FILE = "index.json"
 FORMAT = "webdataset-token-shards"
 VERSION = 1
 TOKEN_DTYPES = ("uint16", "uint32")
+_TEXTS = ("name", "tar_sha256", "table_sha256", "tokenizer_sha256", "token_dtype")
 
 
 class Shard(NamedTuple):
@@ -110,9 +111,8 @@ def read_index(folder: str | Path) -> ShardIndex:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(
-            f"shard folder {folder}: does not exist; write it with `megadlcm data prepare`"
-        )
+        what = "is a file" if folder.exists() else "does not exist"
+        raise InputError(f"shard folder {folder}: {what}; write it with `megadlcm data prepare`")
     path = folder / INDEX_FILE
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
@@ -134,7 +134,7 @@ def read_index(folder: str | Path) -> ShardIndex:
         )
     try:
         index = _decode(folder, contents)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{path}: damaged ({type(error).__name__}: {_one_line(error)}); "
             "run `megadlcm data prepare --overwrite`"
@@ -145,23 +145,36 @@ def read_index(folder: str | Path) -> ShardIndex:
 
 
 def _decode(folder: Path, contents: dict[str, Any]) -> ShardIndex:
-    shards = tuple(Shard(**shard) for shard in contents["shards"])
+    keys = ("tokenizer_sha256", "vocab_size", "eos_id", "max_token_id", "token_dtype")
+    domains = contents["domains"].items()
     index = ShardIndex(
         folder=folder,
-        shards=shards,
-        domains={name: DomainCounts(**counts) for name, counts in contents["domains"].items()},
-        **{
-            key: contents[key]
-            for key in ("tokenizer_sha256", "vocab_size", "eos_id", "max_token_id", "token_dtype")
-        },
+        shards=tuple(Shard(**_checked(shard)) for shard in contents["shards"]),
+        domains={name: DomainCounts(**_checked(counts)) for name, counts in domains},
+        **_checked({key: contents[key] for key in keys}),
     )
-    totals = {key: contents[key] for key in ("num_documents", "num_tokens", "num_bytes")}
-    for key, total in totals.items():
-        if getattr(index, key) != total:
-            raise ValueError(f"{key} = {total}, its shards add up to {getattr(index, key)}")
+    totals = [contents[key] for key in ("num_documents", "num_tokens", "num_bytes")]
+    for what, found in (
+        ("shards", [index.num_documents, index.num_tokens, index.num_bytes]),
+        ("domains", [sum(column) for column in zip(*index.domains.values(), strict=True)]),
+    ):
+        if index.shards and found != totals:
+            raise ValueError(f"documents, tokens, bytes = {totals}, its {what} add up to {found}")
+    if not index.eos_id <= index.max_token_id < index.vocab_size:
+        raise ValueError(f"max_token_id = {index.max_token_id}")
+    if any(shard.last_record >= shard.tar_bytes for shard in index.shards):
+        raise ValueError("a last_record behind the end of its shard")
     if index.token_dtype not in TOKEN_DTYPES:
         raise ValueError(f"token_dtype = {index.token_dtype!r}")
     return index
+
+
+def _checked(entry: dict[str, Any]) -> dict[str, Any]:
+    """Returns an entry whose texts are texts and whose other values are counts."""
+    for key, value in entry.items():
+        if not (isinstance(value, str) if key in _TEXTS else type(value) is int and value >= 0):
+            raise ValueError(f"{key} = {value!r}")
+    return entry
 
 
 def write_index(index: ShardIndex) -> None:

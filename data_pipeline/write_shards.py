@@ -25,6 +25,7 @@ from data_pipeline.documents import (
 from data_pipeline.encode import encode_documents, token_dtype
 from data_pipeline.errors import InputError
 from data_pipeline.index import INDEX_FILE, DomainCounts, Shard, ShardIndex, write_index
+from data_pipeline.output_folder import make_output_folder
 from data_pipeline.progress import Progress
 from data_pipeline.records import DOCUMENT_DTYPE, archive_end, encode_record, encode_table
 from data_pipeline.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
@@ -82,12 +83,12 @@ def prepare(options: PrepareOptions) -> tuple[ShardIndex, ReadCounts]:
         except BaseException:
             writer.abandon()
             raise
+        if writer.num_documents == 0:
+            raise InputError(
+                f"--input {' '.join(options.inputs)}: no documents in {len(files)} files "
+                f"({counts.skipped_empty} empty, {counts.skipped_binary} binary); check the pattern"
+            )
         progress.update(total, writer.num_tokens)
-    if writer.num_documents == 0:
-        raise InputError(
-            f"--input {' '.join(options.inputs)}: no documents in {len(files)} files "
-            f"({counts.skipped_empty} empty, {counts.skipped_binary} binary); check the pattern"
-        )
     return writer.finish(), counts
 
 
@@ -100,7 +101,7 @@ def _clear_folder(output: Path, overwrite: bool) -> None:
         raise InputError(
             f"--output {output}: holds finished shards; choose another folder or pass --overwrite"
         )
-    output.mkdir(parents=True, exist_ok=True)
+    make_output_folder(output, "--output")
     index.unlink(missing_ok=True)
     for path in sorted(output.iterdir()):
         if OUR_FILES.fullmatch(path.name):

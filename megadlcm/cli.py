@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -37,9 +38,32 @@ exit codes: 0 done, 1 failed while running, 2 the input was wrong"""
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong with a command line in one line, as every other wrong input."""
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register("action", None, _StoreOnce)  # what an option without an action does
+
     def error(self, message: str) -> NoReturn:
         print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
         raise SystemExit(EXIT_WRONG_INPUT)
+
+
+class _StoreOnce(argparse.Action):
+    """Stores a value; refuses an option given twice, one of whose values would be lost."""
+
+    _given = False
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Stores the value."""
+        if option_string and self._given:
+            parser.error(f"{option_string} is given twice, must be given once; remove one")
+        self._given = True
+        setattr(namespace, self.dest, values)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
     run = getattr(arguments, "run", None) or arguments.func
     try:
-        return int(run(arguments))
+        code = int(run(arguments))
+        sys.stdout.flush()  # here, where a closed pipe still has an answer
+        return code
+    except BrokenPipeError as error:
+        # what is left in the buffer goes nowhere, else the interpreter stumbles over it at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"error: the output was closed ({error})", file=sys.stderr)
+        return EXIT_FAILED
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT

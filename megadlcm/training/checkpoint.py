@@ -208,19 +208,26 @@ def find_checkpoint(path: str | Path) -> Path:
     """
     path = Path(path)
     if (path / CHECKPOINTS).is_dir():
-        newest = checkpoint_folder.newest_verified(path / CHECKPOINTS)
-        if newest is None:
-            raise InputError(
-                f"{path / CHECKPOINTS} holds no complete checkpoint; "
-                "run `megadlcm checkpoint verify` on it to see why"
-            )
-        return newest.path
+        return _newest_good(path / CHECKPOINTS)
     if not path.is_dir():
         raise InputError(f"{path} is not a folder; name a run folder or a checkpoint folder")
     problem = checkpoint_folder.find_problem(path)
     if problem:
         raise InputError(f"checkpoint {path}: {problem}; name another checkpoint of the run")
     return path
+
+
+def _newest_good(root: Path) -> Path:
+    damaged: list[str] = []
+    for _, folder in checkpoint_folder.list_steps(root):
+        problem = checkpoint_folder.find_problem(folder)
+        if not problem:
+            for passed_over in damaged:
+                logger.warning("passed over damaged checkpoint %s", passed_over)
+            return folder
+        damaged.append(f"{folder}: {problem}")
+    why = f" ({'; '.join(damaged)})" if damaged else ""
+    raise InputError(f"{root} holds no complete checkpoint{why}; name a run that saved one")
 
 
 def load_model(path: str | Path) -> LanguageModel:

@@ -25,21 +25,39 @@ def add_checkpoint_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "checkpoint",
         help="list, verify and inspect the checkpoints of a run",
-        epilog="example: megadlcm checkpoint verify runs/quickstart",
+        epilog="example: megadlcm checkpoint verify runs/quickstart/run",
+        allow_abbrev=False,
     )
-    commands = parser.add_subparsers(dest="checkpoint_command", required=True)
-    for name, run, description in (
-        ("list", run_list, "list the checkpoints of a run, newest first, without reading them"),
-        ("verify", run_verify, "check sizes and SHA-256 of every file; exit 1 if one is damaged"),
-        ("inspect", run_inspect, "show counters, layout, versions and tensors of a checkpoint"),
+    commands = parser.add_subparsers(dest="checkpoint_command", metavar="COMMAND", required=True)
+    run_folder = "output_dir of a run"
+    for name, run, folder, description in (
+        (
+            "list",
+            run_list,
+            run_folder,
+            "list the checkpoints of a run, newest first, without reading them",
+        ),
+        (
+            "verify",
+            run_verify,
+            run_folder,
+            "check sizes and SHA-256 of every file; exit 1 if one is damaged",
+        ),
+        (
+            "inspect",
+            run_inspect,
+            f"{run_folder} (its newest good checkpoint), or a checkpoint folder",
+            "show counters, layout, versions and tensors of a checkpoint",
+        ),
     ):
         command = commands.add_parser(
             name,
             help=description,
             description=description,
-            epilog=f"example: megadlcm checkpoint {name} runs/quickstart",
+            epilog=f"example: megadlcm checkpoint {name} runs/quickstart/run",
+            allow_abbrev=False,
         )
-        command.add_argument("run_dir", metavar="RUN_DIR", help="run folder or checkpoint folder")
+        command.add_argument("run_dir", metavar="RUN_DIR", help=folder)
         command.set_defaults(run=run)
 
 
@@ -55,7 +73,10 @@ def run_list(arguments: argparse.Namespace) -> int:
     root = _root(arguments.run_dir)
     latest_file = root / checkpoint_folder.LATEST
     latest = latest_file.read_text(encoding="utf-8").strip() if latest_file.is_file() else ""
-    for step, path in checkpoint_folder.list_steps(root):
+    checkpoints = checkpoint_folder.list_steps(root)
+    if not checkpoints:
+        print(f"{root} holds no checkpoint yet")
+    for step, path in checkpoints:
         num_bytes = sum(file.stat().st_size for file in path.iterdir())
         mark = "  (latest)" if path.name == latest else ""
         print(f"step {step:>10}  {num_bytes / 1e6:10.1f} MB  {path}{mark}")
@@ -69,9 +90,8 @@ def run_verify(arguments: argparse.Namespace) -> int:
     if not checkpoints:
         raise InputError(f"{root} holds no checkpoint; name the output_dir of a run that saved one")
     for checkpoint in checkpoints:
-        print(
-            f"{'DAMAGED' if checkpoint.problem else 'ok':8}{checkpoint.path}  {checkpoint.problem}"
-        )
+        mark = "DAMAGED" if checkpoint.problem else "ok"
+        print(f"{mark:8}{checkpoint.path}  {checkpoint.problem}".rstrip())
     return 1 if any(checkpoint.problem for checkpoint in checkpoints) else 0
 
 
