@@ -17,6 +17,7 @@ _REPOSITORY = Path(__file__).resolve().parents[1]
 _DOMAINS = ("en", "code")
 _VOCAB_SIZE = 4096
 _CODE_BYTES = 6_000_000
+_MARK = "\u2502"  # the sample texts' own
 
 
 def main() -> int:
@@ -26,23 +27,34 @@ def main() -> int:
         Exit code.
     """
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/quickstart"), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--code-bytes",
+        type=int,
+        default=_CODE_BYTES,
+        metavar="N",
+        help="about how much source code the corpus has (default: %(default)s)",
+    )
     parser.add_argument("overrides", nargs="*", help="config overrides, key=value")
     arguments = parser.parse_args()
+    if any(override.startswith("output_dir=") for override in arguments.overrides):
+        parser.error("output_dir is the folder `run` of --folder; give that instead")
     start = time.monotonic()
     folder: Path = arguments.folder
     run_folder = folder / "run"
-    overrides = [*_prepare_data(folder / "data"), f"output_dir={run_folder}"]
+    overrides = [*_prepare_data(folder / "data", arguments.code_bytes), f"output_dir={run_folder}"]
     config = _REPOSITORY / "configs" / "quickstart.yaml"
     _megadlcm("train", str(config), *overrides, *arguments.overrides)
     _report(run_folder, time.monotonic() - start)
     return 0
 
 
-def _prepare_data(folder: Path) -> list[str]:
+def _prepare_data(folder: Path, code_bytes: int) -> list[str]:
     """Makes text, tokenizer and shards where they are missing; returns the config overrides."""
     print(f"writing the text of this Python's standard library to {folder}", flush=True)
-    texts = write_corpus(folder / "text", _CODE_BYTES)
+    texts = write_corpus(folder / "text", code_bytes)
     tokenizer = folder / "tokenizer.json"
     if not tokenizer.exists():
         inputs = [f"--input={texts[f'{domain}_train']}" for domain in _DOMAINS]
@@ -73,24 +85,27 @@ def _megadlcm(*arguments: str) -> None:
 def _report(run_folder: Path, seconds: float) -> None:
     rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]
-    evaluation = [row for row in rows if "eval_loss" in row][-1]
+    # without held-out data, or without concepts, there is less to tell
+    evaluation = [{}, *(row for row in rows if "eval_loss" in row)][-1]
     last = steps[-1]
     recent = steps[-max(len(steps) // 3, 1) :]
-    ratio = sum(row["tokens_per_concept"] for row in recent) / len(recent)
     speed = sorted(row["tokens_per_second"] for row in recent)[len(recent) // 2]
-    by_domain = ", ".join(
-        f"{name} {value:.2f}" for name, value in evaluation["tokens_per_concept"].items()
-    )
     print(f"\n== quickstart: {last['step']} steps, {seconds / 60:.1f} minutes in all ==")
     print(f"training loss            {steps[0]['loss']:.3f} -> {last['loss']:.3f} nats per token")
-    print(f"held-out loss            {evaluation['eval_loss']:.3f} nats per token")
-    print(f"held-out bits per byte   {evaluation['bits_per_byte']:.3f}")
-    print(f"tokens per concept       {ratio:.2f} as trained (mean of the last third)")
-    print(f"  held-out, by domain    {by_domain}")
+    if evaluation:
+        print(f"held-out loss            {evaluation['eval_loss']:.3f} nats per token")
+        print(f"held-out bits per byte   {evaluation['bits_per_byte']:.3f}")
+    if "tokens_per_concept" in last:
+        ratio = sum(row["tokens_per_concept"] for row in recent) / len(recent)
+        print(f"tokens per concept       {ratio:.2f} as trained (mean of the last third)")
+    if "tokens_per_concept" in evaluation:
+        by_domain = evaluation["tokens_per_concept"].items()
+        listed = ", ".join(f"{name} {value:.2f}" for name, value in by_domain)
+        print(f"  held-out, by domain    {listed}")
     print(f"tokens per second        {speed:,.0f}")
     samples = sorted((run_folder / "samples").glob("*.txt"))
     if samples:
-        print(f"\nsample text, '|' marks concept boundaries ({samples[-1]}):")
+        print(f"\nsample text, '{_MARK}' marks concept boundaries ({samples[-1]}):")
         print("\n".join(samples[-1].read_text(encoding="utf-8").splitlines()[:14]))
     print(f"\ncurves: tensorboard --logdir {run_folder / 'tensorboard'}")
 

@@ -9,7 +9,16 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
-_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "encodings", "site-packages", "__pycache__"}
+# pydoc_data holds the help texts, which are prose
+_SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "idle_test",
+    "encodings",
+    "pydoc_data",
+    "site-packages",
+    "__pycache__",
+}
 _MIN_PROSE_CHARACTERS = 200
 _HELD_OUT_EVERY = 16
 
@@ -17,7 +26,8 @@ _HELD_OUT_EVERY = 16
 def write_corpus(folder: Path, max_code_bytes: int) -> dict[str, Path]:
     """Writes the standard library's sources (`code`) and prose (`en`) as JSON lines.
 
-    Every sixteenth document is held out.
+    Every sixteenth module and help text is held out. The docstrings of a module, which its source
+    contains, go where the source goes: else a part of the held-out text would be trained.
 
     Args:
         folder: where to write.
@@ -28,18 +38,24 @@ def write_corpus(folder: Path, max_code_bytes: int) -> dict[str, Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     sources = list(_source_files(max_code_bytes))
+    help_texts = list(_help_texts())
+    held_out = {name for name, _ in [*sources[::_HELD_OUT_EVERY], *help_texts[::_HELD_OUT_EVERY]]}
+    # (name, what it stands and falls with, text)
     documents = {
-        "code": [(str(path), text) for path, text in sources],
-        "en": list(_prose(sources)),
+        "code": [(name, name, text) for name, text in sources],
+        "en": [
+            *((f"topic/{name}", name, text) for name, text in help_texts),
+            *((f"docstrings/{name}", name, text) for name, text in _docstrings(sources)),
+        ],
     }
     paths = {}
     for domain, entries in documents.items():
-        for split, held_out in (("train", False), ("valid", True)):
+        for split in ("train", "valid"):
             path = folder / f"{domain}_{split}.jsonl"
             chosen = [
                 {"id": name, "domain": domain, "source": "python", "text": text}
-                for index, (name, text) in enumerate(entries)
-                if (index % _HELD_OUT_EVERY == 0) == held_out
+                for name, origin, text in entries
+                if (origin in held_out) == (split == "valid")
             ]
             lines = [json.dumps(entry, ensure_ascii=False) for entry in chosen]
             path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -47,7 +63,7 @@ def write_corpus(folder: Path, max_code_bytes: int) -> dict[str, Path]:
     return paths
 
 
-def _source_files(max_bytes: int) -> Iterator[tuple[Path, str]]:
+def _source_files(max_bytes: int) -> Iterator[tuple[str, str]]:
     root = Path(sysconfig.get_path("stdlib"))
     total = 0
     for path in sorted(root.rglob("*.py")):
@@ -59,22 +75,26 @@ def _source_files(max_bytes: int) -> Iterator[tuple[Path, str]]:
         except UnicodeDecodeError:
             continue
         if text.strip():
-            yield relative, text
+            yield relative.as_posix(), text
             total += len(text)
         if total > max_bytes:
             return
 
 
-def _prose(sources: list[tuple[Path, str]]) -> Iterator[tuple[str, str]]:
-    """The language reference that `help()` shows, and each module's docstrings."""
+def _help_texts() -> Iterator[tuple[str, str]]:
+    """The language reference that `help()` shows, by topic."""
     try:
-        help_texts = import_module("pydoc_data.topics").topics
+        topics: dict[str, str] = import_module("pydoc_data.topics").topics
     except ImportError:  # some distributions ship them apart
-        help_texts = {}
-    for name, text in sorted(help_texts.items()):
+        return
+    for name, text in sorted(topics.items()):
         if len(text) >= _MIN_PROSE_CHARACTERS:
-            yield f"topic/{name}", text
-    for path, text in sources:
+            yield name, text
+
+
+def _docstrings(sources: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Each module's docstrings, joined."""
+    for name, text in sources:
         try:
             tree = ast.parse(text)
         except SyntaxError:
@@ -83,4 +103,4 @@ def _prose(sources: list[tuple[Path, str]]) -> Iterator[tuple[str, str]]:
         docstrings = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, nodes)]
         prose = "\n\n".join(text for text in docstrings if text)
         if len(prose) >= _MIN_PROSE_CHARACTERS:
-            yield f"docstrings/{path}", prose
+            yield name, prose
