@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import sys
 from collections.abc import Iterator
@@ -14,13 +15,20 @@ import torch
 from data_pipeline.errors import InputError
 from data_pipeline.index import read_index
 from data_pipeline.loader import StepLoader
+from data_pipeline.output_folder import make_output_folder
 from data_pipeline.samples import SourceSummary, check_sources
 from data_pipeline.tokenizer import load_tokenizer
 from megadlcm.config import RunConfig
 from megadlcm.model import build_model
-from megadlcm.parallel.mesh import ParallelMesh, join_process_group
+from megadlcm.ops.attention import choose_backend
+from megadlcm.parallel.mesh import (
+    ParallelMesh,
+    choose_device,
+    join_process_group,
+    launch_environment,
+)
 from megadlcm.training.checkpoint import resume
-from megadlcm.training.engine import build_engine
+from megadlcm.training.engine import build_engine, gradient_accumulation_steps
 from megadlcm.training.metrics import MetricsWriter
 from megadlcm.training.run_folder import prepare_run_folder
 from megadlcm.training.state import TrainState
@@ -44,7 +52,10 @@ def run(config: RunConfig) -> int:
     Raises:
         InputError: the config, the data or the launcher's environment is wrong.
     """
-    check_training_sources(config)  # before a process group or a run folder exists
+    # before a process group or a run folder exists
+    check_training_sources(config)
+    check_launch(config)
+    make_output_folder(Path(config.output_dir), "output_dir =")
     mesh = join_process_group()
     handler = configure_logging(config, mesh)
     try:
@@ -114,13 +125,14 @@ def open_trainer(config: RunConfig, mesh: ParallelMesh) -> Iterator[Trainer]:
 def _announce(trainer: Trainer) -> None:
     config, mesh, step = trainer.config, trainer.engine.mesh, trainer.state.step
     model = trainer.engine.model
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     start = f"from step {step}" if step else "from scratch"
     trainer.progress.say(
-        f"{config.name}: {num_parameters / 1e6:.2f}M parameters, {mesh.world_size} "
+        f"{config.name}: {trainer.engine.num_parameters / 1e6:.2f}M parameters, {mesh.world_size} "
         f"process(es) on {mesh.device.type}, attention back-end {model.backend()}, "
         f"{start} to step {trainer.train_steps}, run folder {config.output_dir}"
     )
+    if step >= trainer.train_steps:
+        trainer.progress.say("nothing is left to train; raise training.train_steps to go on")
 
 
 def check_training_sources(config: RunConfig) -> SourceSummary:
@@ -143,12 +155,34 @@ def check_training_sources(config: RunConfig) -> SourceSummary:
     return check_sources(config.data, config.model.vocab_size)
 
 
+def check_launch(config: RunConfig) -> None:
+    """Checks that this process and its launcher can run the config, before it waits for others.
+
+    Args:
+        config: the run.
+
+    Raises:
+        InputError: a global batch that the processes cannot share, a device that is not there, or
+            an attention back-end that cannot run on it.
+    """
+    launch = launch_environment()
+    gradient_accumulation_steps(config, launch.world_size)
+    device = choose_device(launch.local_rank)
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    try:
+        choose_backend(config.model.attention_backend, device, dtype)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
 def data_identity(config: RunConfig) -> list[Any]:
     """Says what the training data is, apart from where it lies."""
     identity = []
     for source in config.data.train:
         index = read_index(source.path)
-        identity.append([index.num_documents, index.num_tokens, index.tokenizer_sha256])
+        contents = "".join(shard.tar_sha256 for shard in index.shards)
+        digest = hashlib.sha256(contents.encode()).hexdigest()
+        identity.append([index.num_documents, index.num_tokens, index.tokenizer_sha256, digest])
     return identity
 
 

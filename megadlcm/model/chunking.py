@@ -47,6 +47,17 @@ class BoundaryOutput:
     """Cosine with the predecessor (T,); meaningless at document starts."""
 
 
+class WideLinear(Linear):
+    """A matrix that computes in the type of its input, whatever its own.
+
+    A module of its own because ZeRO 3 gathers the parameters of a module around its calls.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(T, D) to (T, size)."""
+        return nn.functional.linear(input, self.weight.to(input.dtype))
+
+
 class BoundaryDetector(nn.Module):
     """p_t = (1 - cos(W_q h_(t-1), W_k h_t)) / 2 and the decision taken from it (Eq. 5-6).
 
@@ -63,8 +74,8 @@ class BoundaryDetector(nn.Module):
         self.config = config
         size = config.boundary_size or config.d_token
         learned = config.boundary_mode in LEARNED_MODES
-        self.w_q = Linear(config.d_token, size) if learned else None
-        self.w_k = Linear(config.d_token, size) if learned else None
+        self.w_q = WideLinear(config.d_token, size) if learned else None
+        self.w_k = WideLinear(config.d_token, size) if learned else None
         fixed_threshold = 0.5 if config.rule_threshold is None else config.rule_threshold
         initial = fixed_threshold if config.boundary_mode == "rule" else 0.5
         self.register_buffer("offset", torch.zeros((), dtype=torch.float32))
@@ -123,9 +134,7 @@ class BoundaryDetector(nn.Module):
             wide_TD = hidden_TD.to(torch.promote_types(hidden_TD.dtype, torch.float32))
             if self.w_q is None or self.w_k is None:
                 return neighbour_cosine(wide_TD, wide_TD)
-            query_TD = wide_TD @ self.w_q.weight.to(wide_TD.dtype).T
-            key_TD = wide_TD @ self.w_k.weight.to(wide_TD.dtype).T
-            return neighbour_cosine(query_TD, key_TD)
+            return neighbour_cosine(self.w_q(wide_TD), self.w_k(wide_TD))
 
     def calibrate(self, cosine: Tensor) -> None:
         """Sets the offset so that thresholding gives the target ratio on these cosines.

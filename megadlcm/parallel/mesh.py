@@ -112,21 +112,28 @@ def launch_environment(environ: Mapping[str, str] | None = None) -> LaunchEnviro
         InputError: a launcher gave only part of what is needed.
     """
     environ = os.environ if environ is None else environ
-    if "RANK" in environ and "WORLD_SIZE" in environ:
-        keys, address = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), environ.get("MASTER_ADDR", "")
-    elif "SLURM_STEP_NUM_TASKS" in environ:
+    complete = "RANK" in environ and "WORLD_SIZE" in environ
+    if "SLURM_STEP_NUM_TASKS" in environ and not complete:
         keys = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
         nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
         address = environ.get("MASTER_ADDR") or first_host(nodes)
+    elif "RANK" in environ or "WORLD_SIZE" in environ:
+        keys, address = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), environ.get("MASTER_ADDR", "")
     else:
         return LaunchEnvironment()
     missing = [key for key in keys if not environ.get(key, "").isdigit()]
     if missing:
+        given = next(key for key in keys if key in environ)
         raise InputError(
-            f"environment: {', '.join(missing)} missing or not a number although {keys[1]} is set; "
+            f"environment: {', '.join(missing)} missing or not a number although {given} is set; "
             "start with torchrun or srun, or unset it for a run of one process"
         )
     rank, world_size, local_rank = (int(environ[key]) for key in keys)
+    if rank >= world_size:
+        raise InputError(
+            f"environment: {keys[0]} = {rank}, must be < {keys[1]} = {world_size}; "
+            "start with torchrun or srun"
+        )
     port = environ.get("MASTER_PORT", "")
     return LaunchEnvironment(
         rank,

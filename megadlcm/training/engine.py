@@ -3,15 +3,18 @@
 The only file that imports deepspeed. Traps it stands against, all seen in 0.19.8: gradient clipping
 is on by default; unknown top-level keys are ignored; bf16 gradients accumulate in bf16 unless told;
 a step with a non-finite norm is skipped without a word; the CPU backend compiles an operator on the
-first start and hangs for ever on the lock of a compilation that was killed.
+first start and hangs for ever on the lock of a compilation that was killed; stage 3 leaves empty
+tensors in the place of the parameters between its own forward passes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import logging
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
@@ -178,6 +181,26 @@ class TrainingEngine:
         """Name of the muP group of each torch parameter group."""
         return [group["mup_group"] for group in self.optimizer.param_groups]
 
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all parameters; stage 3 leaves the parameters themselves empty."""
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())
+
+    @contextlib.contextmanager
+    def whole_model(self) -> Iterator[LanguageModel]:
+        """Lends the model for forward passes other than DeepSpeed's own; collective.
+
+        Stage 3 gathers all parameters meanwhile, so that replicas may run different numbers of
+        passes: without that each layer of each pass would be a collective operation.
+        """
+        if self.zero_stage < 3:
+            yield self.model
+            return
+        from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
+
+        with unwrap_model_for_generation(self.deepspeed):
+            yield self.model
+
     def gradient_square_sums(self) -> Tensor:
         """Squared gradient norm of each parameter group, before clipping.
 
@@ -234,10 +257,9 @@ def build_engine(model: LanguageModel, config: RunConfig, mesh: ParallelMesh) ->
     model.to(mesh.device)
     optimizer = build_optimizer(model, config)
     module: nn.Module = TrainingForward(model, Objective(config, mesh, accumulation))
-    printed = io.StringIO()
-    # memory figures that no log level turns off, and deprecations in DeepSpeed's own code
-    with contextlib.redirect_stdout(printed), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    # for the whole run: DeepSpeed calls collectives by names that torch 2.13 deprecates
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
+    with _quietly() as printed:
         deepspeed = _import_deepspeed()
         engine, *_ = deepspeed.initialize(
             model=module,
@@ -247,6 +269,23 @@ def build_engine(model: LanguageModel, config: RunConfig, mesh: ParallelMesh) ->
         )
     logger.debug("deepspeed.initialize said:\n%s", printed.getvalue())
     return TrainingEngine(engine, model, optimizer, mesh, config.parallel.zero_stage, accumulation)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[io.StringIO]:
+    """Catches memory figures that no log level turns off, and deprecations in DeepSpeed's own code.
+
+    Each figure comes after a collection of garbage, a dozen of them in bf16, which together took
+    seconds; objects that are frozen meanwhile are not visited.
+    """
+    printed = io.StringIO()
+    gc.freeze()
+    try:
+        with contextlib.redirect_stdout(printed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield printed
+    finally:
+        gc.unfreeze()
 
 
 def _import_deepspeed() -> Any:

@@ -67,7 +67,7 @@ class ProgressReport:
         """Shows one line above the bar, and logs it."""
         logger.info(line)
         if self._bar is not None:
-            self._bar.console.print(line)
+            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
         elif self._enabled:
             print(line, flush=True)
 

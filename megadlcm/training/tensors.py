@@ -1,15 +1,16 @@
 """Master parameters and optimizer state by parameter name, whatever DeepSpeed did to them.
 
-Under ZeRO the optimizer sees one flat fp32 partition for each parameter group. DeepSpeed hangs on
-every parameter the means to read and write its own place in that partition (`get_full_hp_param`,
-`set_full_hp_param`); through them a checkpoint holds whole tensors under their names, which any
-layout can read. Reading and writing are collective: every replica must call them.
+Under ZeRO the optimizer sees flat fp32 partitions of parameter groups. DeepSpeed knows the place of
+each parameter in them: stages 1 and 2 hang the means to read and write it on the parameter itself
+(`get_full_hp_param`, `set_full_hp_param`), stage 3 on its optimizer. Through them a checkpoint
+holds whole tensors under their names, which any layout can read. Reading and writing are
+collective: every replica must call them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ def read_model(engine: TrainingEngine) -> dict[str, Tensor]:
     """
     tensors = {}
     for name, parameter in engine.model.named_parameters():
-        whole = _full(engine, parameter)
+        whole = parameter if engine.zero_optimizer is None else _get(engine, parameter)
         if engine.mesh.is_writer:
             tensors[name] = _on_host(whole)
     if engine.mesh.is_writer:
@@ -51,9 +52,8 @@ def write_model(engine: TrainingEngine, tensors: dict[str, Tensor]) -> None:
             if engine.zero_optimizer is None:
                 parameter.copy_(value)
             else:
-                _partitioned(parameter).set_full_hp_param(value)
-        if engine.zero_optimizer is not None:
-            engine.zero_optimizer.update_lp_params()
+                _set(engine, parameter, value)
+        _follow_masters(engine)
         for name, buffer in _saved_buffers(engine.model):
             buffer.copy_(tensors[name])
 
@@ -75,7 +75,7 @@ def read_optimizer(engine: TrainingEngine) -> dict[str, Tensor]:
             if key == STEP_KEY or engine.zero_optimizer is None:
                 whole = state[key]
             else:
-                whole = _partitioned(parameter).get_full_hp_param(key)
+                whole = _get(engine, parameter, key)
             if engine.mesh.is_writer:
                 tensors[f"{name}.{key}"] = _on_host(whole)
     return tensors
@@ -108,7 +108,7 @@ def write_optimizer(engine: TrainingEngine, tensors: dict[str, Tensor]) -> None:
             if engine.zero_optimizer is None:
                 engine.optimizer.state[owner][key].copy_(value)
             else:
-                _partitioned(parameter).set_full_hp_param(value, key)
+                _set(engine, parameter, value, key)
 
 
 def _link_states(engine: TrainingEngine) -> None:
@@ -117,36 +117,65 @@ def _link_states(engine: TrainingEngine) -> None:
     DeepSpeed does so itself, but ZeRO 1 and 2 do it after the first parameter group was stepped,
     when the other groups have no state yet, and never again.
     """
-    if engine.zero_optimizer is not None:
-        engine.zero_optimizer._hp_optimizer_states_linked = False
-        engine.zero_optimizer._lazy_init_hp_params_optimizer_state()
+    zero: Any = engine.zero_optimizer
+    if engine.zero_stage in (1, 2):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
 
 
 def _owners(engine: TrainingEngine) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
     """Each parameter with the tensor under which the optimizer keeps its state."""
     names = {id(parameter): name for name, parameter in engine.model.named_parameters()}
     zero = engine.zero_optimizer
-    for index, group in enumerate(engine.optimizer.param_groups):
-        if zero is None:
-            members = group["params"]
-        elif hasattr(zero, "bf16_groups"):
-            members = zero.bf16_groups[index]
-        else:
-            members = zero.bit16_groups[index]
-        for parameter in members:
-            owner = parameter if zero is None else group["params"][0]
+    groups = engine.optimizer.param_groups
+    if zero is None:
+        for group in groups:
+            for parameter in group["params"]:
+                yield names[id(parameter)], parameter, parameter
+        return
+    if engine.zero_stage == 3:  # the torch groups are empty between steps
+        members, owners = zero.fp16_groups, zero.fp32_partitioned_groups_flat
+    else:
+        members = zero.bf16_groups if hasattr(zero, "bf16_groups") else zero.bit16_groups
+        owners = [group["params"][0] for group in groups]
+    for parameters, owner in zip(members, owners, strict=True):
+        for parameter in parameters:
             yield names[id(parameter)], parameter, owner
 
 
-def _full(engine: TrainingEngine, parameter: nn.Parameter) -> Tensor:
-    if engine.zero_optimizer is None:
-        return parameter.detach()
-    return cast(Tensor, _partitioned(parameter).get_full_hp_param())
+def _get(engine: TrainingEngine, parameter: Any, key: str | None = None) -> Tensor:
+    """Collects the fp32 master of a partitioned parameter, or an entry of its optimizer state."""
+    zero: Any = engine.zero_optimizer
+    if engine.zero_stage == 3:
+        return zero.get_full_hp_param(parameter, key)
+    return parameter.get_full_hp_param(key)
 
 
-def _partitioned(parameter: nn.Parameter) -> Any:
-    """The parameter with the methods that DeepSpeed adds to it, which no type knows."""
-    return parameter
+def _set(engine: TrainingEngine, parameter: Any, value: Tensor, key: str | None = None) -> None:
+    """Keeps this replica's part of what `_get` collects."""
+    zero: Any = engine.zero_optimizer
+    if engine.zero_stage < 3:
+        parameter.set_full_hp_param(value, key)
+        return
+    size = parameter.partition_numel()  # the last replica's part is filled up
+    start = size * engine.mesh.data_parallel_rank
+    own = value.new_zeros(size)
+    part = value.flatten()[start : start + size]
+    own[: part.numel()] = part
+    zero.set_local_hp_param(own, parameter, key)
+
+
+def _follow_masters(engine: TrainingEngine) -> None:
+    """Computes the parameters of the model from their fp32 masters."""
+    zero = engine.zero_optimizer
+    if zero is None:
+        return
+    if engine.zero_stage < 3:
+        zero.update_lp_params()
+        return
+    zero._partition_all_parameters()  # small ones are kept whole and would keep their old values
+    for sub_group in range(len(zero.fp16_groups)):
+        zero._reassign_or_swap_out_partitioned_parameters(sub_group)
 
 
 def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -12,7 +12,7 @@ from data_pipeline.batch import StepBatch
 from data_pipeline.loader import StepLoader
 from data_pipeline.tokenizer import Tokenizer
 from megadlcm.config import RunConfig
-from megadlcm.model import DLCM
+from megadlcm.model import DLCM, LanguageModel
 from megadlcm.model.self_check import check_causality
 from megadlcm.training.checkpoint import save_checkpoint
 from megadlcm.training.engine import TrainingEngine
@@ -92,7 +92,8 @@ class Trainer:
         Raises:
             NonFiniteError: a loss or a gradient was not finite.
         """
-        check_causality(self.engine.model)
+        with self.engine.whole_model() as model:
+            check_causality(model)
         try:
             while self.state.step < self.train_steps:
                 self.train_one()
@@ -167,8 +168,9 @@ class Trainer:
     def _evaluate(self) -> None:
         if self.evaluator is None:
             return
-        row = {"step": self.state.step} | self.evaluator.run(self.engine.model)
-        text = self._sample_texts()
+        with self.engine.whole_model() as model:
+            row = {"step": self.state.step} | self.evaluator.run(model)
+            text = self._sample_texts(model)
         if self.metrics is None:
             return
         row["restart_count"] = self.state.restart_count
@@ -184,7 +186,7 @@ class Trainer:
             f"{row['bits_per_byte']:.4f} bits per byte"
         )
 
-    def _sample_texts(self) -> str:
+    def _sample_texts(self, model: LanguageModel) -> str:
         assert self.evaluator is not None
         count = self.config.evaluation.num_sample_texts
         if self.config.model.architecture != "dlcm":
@@ -192,8 +194,7 @@ class Trainer:
         documents = choose_documents(self.evaluator.documents, count)
         device = self.engine.mesh.device
         return "\n".join(
-            marked_text(self.engine.model, document, self.data.tokenizer, device)
-            for document in documents
+            marked_text(model, document, self.data.tokenizer, device) for document in documents
         )
 
     def _save(self) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,28 @@ def test_a_global_batch_that_does_not_divide_names_the_three_numbers(
     assert gradient_accumulation_steps(config, 2) == 2
     with pytest.raises(InputError, match=r"global_batch_size = 8 .* 2 \* 3"):
         gradient_accumulation_steps(config, 3)
+
+
+def test_building_an_engine_in_bf16_walks_no_old_objects(
+    make_run: Callable[..., RunConfig],
+) -> None:
+    """DeepSpeed collects all garbage a dozen times there, seconds for the objects of imports."""
+    config = make_run(training={"precision": "bf16"})
+    tiny_engine(config)
+    visited = []
+
+    def count(phase: str, info: dict[str, int]) -> None:
+        if phase == "start" and info["generation"] == 2:
+            visited.append(len(gc.get_objects()))
+
+    everything = len(gc.get_objects())
+    gc.callbacks.append(count)
+    try:
+        tiny_engine(config)
+    finally:
+        gc.callbacks.remove(count)
+    assert len(visited) > 10 and max(visited) < everything / 10
+    assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.parametrize("version", ["0.18.3", "0.19.2", "0.19.7", "0.20.0", "1.0.0"])
