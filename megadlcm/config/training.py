@@ -78,11 +78,12 @@ class OptimizerConfig:
     concept_learning_rate: float | None = None
     """The same for matrices that read concept width; None means learning_rate."""
 
-    boundary_learning_rate: float = 3e-4
-    """The same for the boundary detector, not scheduled: largest step of the ratio controller."""
+    boundary_learning_rate: float | None = None
+    """The same for the boundary detector where boundary_gain does not hold; None as above."""
 
-    boundary_betas: tuple[float, float] = (0.0, 0.95)
-    """AdamW's averages for the boundary detector; no running mean, which would be a lag."""
+    boundary_gain: float = 0.5
+    """Share of the error in F that a step of the ratio loss takes back, in the modes in which it
+    alone trains the detector; 0 trains the detector by AdamW instead."""
 
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of AdamW's running mean and running square."""
@@ -101,12 +102,12 @@ class OptimizerConfig:
         require_choice("optimizer", self, "name", get_args(OptimizerName))
         require_positive("optimizer", self, "learning_rate", "eps")
         require_at_least("optimizer", self, 0, "weight_decay", *_GROUP_RATES)
-        for key in ("betas", "boundary_betas"):
-            if not all(0.0 <= beta < 1.0 for beta in getattr(self, key)):
-                raise InputError(
-                    f"optimizer.{key} = {list(getattr(self, key))}, each must be >= 0 and < 1; "
-                    "choose for example [0.9, 0.95]"
-                )
+        require_share("optimizer", self, "boundary_gain")
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise InputError(
+                f"optimizer.betas = {list(self.betas)}, each must be >= 0 and < 1; "
+                "choose for example [0.9, 0.95]"
+            )
 
 
 _GROUP_RATES = ("token_learning_rate", "concept_learning_rate", "boundary_learning_rate")

@@ -33,6 +33,8 @@ NEAR_HALF = 0.05
 """Probabilities this close to 0.5 are the ones whose decision flips easily."""
 
 GLOBAL_RATIO_MODES = ("learned_global", "ema_ste")
+STEERED_MODES = ("learned_global", "learned_local")
+"""Modes in which the ratio loss alone trains the detector; see ratio_control."""
 _SUMS = (
     "cross_entropy",
     "num_tokens",
@@ -40,6 +42,7 @@ _SUMS = (
     "num_boundaries",
     "num_threshold_boundaries",
     "num_near_half",
+    "ratio_slope_square",
 )
 NUM_SUMS = len(_SUMS) + NUM_LENGTH_BINS
 
@@ -75,7 +78,7 @@ class StepStats:
     sums: Tensor
     """The scalars of `StepSummary` and the histogram of concept lengths, fp64 (NUM_SUMS,)."""
     prob_histogram: Tensor | None = None
-    """Probabilities in 1024 bins, int64; only where the threshold follows them."""
+    """Probabilities in 1024 bins, int64; only where something is steered by them."""
 
     def add_(self, other: StepStats) -> StepStats:
         """Adds the sums of another micro-batch in place."""
@@ -95,6 +98,8 @@ class StepSummary:
     num_boundaries: float
     num_threshold_boundaries: float
     num_near_half: float
+    ratio_slope_square: float
+    """Sum over tokens of s_t^2, the squared gradient of the ratio loss."""
     concept_lengths: list[int] = field(default_factory=list)
     """Concepts of each length; see `NUM_LENGTH_BINS`."""
 
@@ -147,7 +152,9 @@ class Objective:
         self.mode = config.model.boundary_mode if config.model.architecture == "dlcm" else "none"
         self.target = config.model.target_tokens_per_concept
         self.ratio_loss_weight = config.training.ratio_loss_weight
-        self.tracks_threshold = self.mode == "rule" and config.model.rule_threshold is None
+        self.keeps_histogram = self.mode in STEERED_MODES or (
+            self.mode == "rule" and config.model.rule_threshold is None
+        )
         # DeepSpeed divides by both; see the module's docstring
         self.averaged_over = mesh.data_parallel_size * gradient_accumulation_steps
 
@@ -171,15 +178,16 @@ class Objective:
         """
         loss_T = token_cross_entropy(output.logits_TV, labels_T)
         loss = loss_T.sum()
-        if self.ratio_loss_weight != 0.0:
-            ratio = self._ratio_term(output, totals)
-            if ratio is not None:
-                loss = loss + self.ratio_loss_weight * ratio
+        slope_T = self._ratio_slope(output, totals) if self.ratio_loss_weight != 0.0 else None
+        if slope_T is not None and output.boundary is not None:
+            # its gradient is that of the ratio loss times N
+            ratio = (slope_T.to(output.boundary.prob_T.dtype) * output.boundary.prob_T).sum()
+            loss = loss + self.ratio_loss_weight * ratio
         loss = loss * (self.averaged_over / totals.num_tokens)
-        return MicroBatchResult(loss, self._stats(output, loss_T.detach()))
+        return MicroBatchResult(loss, self._stats(output, loss_T.detach(), slope_T))
 
-    def _ratio_term(self, output: ModelOutput, totals: StepTotals) -> Tensor | None:
-        """Sum over tokens of s_t p_t: its gradient is that of the ratio loss times N."""
+    def _ratio_slope(self, output: ModelOutput, totals: StepTotals) -> Tensor | None:
+        """s_t of each token, (T,)."""
         boundary = output.boundary
         if boundary is None or self.mode not in (*GLOBAL_RATIO_MODES, "learned_local"):
             return None
@@ -188,17 +196,16 @@ class Objective:
             lengths = output.packing.cu_seqlens.diff().double()
             counts = torch.zeros_like(lengths)
             counts.index_add_(0, document_T, boundary.mask_T.double())
-            scale_S = ratio_gradient_scale(counts / lengths, self.target)
-            return (scale_S.to(boundary.prob_T.dtype)[document_T] * boundary.prob_T).sum()
+            return ratio_gradient_scale(counts / lengths, self.target)[document_T]
         fraction = totals.boundary_fraction
         if fraction is None:
             count = self.mesh.sum_over_data_parallel(boundary.mask_T.sum(dtype=torch.float64))
             fraction = count / totals.num_tokens
-        scale = ratio_gradient_scale(fraction, self.target)
-        return scale.to(boundary.prob_T.dtype) * boundary.prob_T.sum()
+        slope = ratio_gradient_scale(fraction, self.target)
+        return slope.to(boundary.prob_T.device).expand(boundary.prob_T.shape)
 
     @torch.no_grad()
-    def _stats(self, output: ModelOutput, loss_T: Tensor) -> StepStats:
+    def _stats(self, output: ModelOutput, loss_T: Tensor, slope_T: Tensor | None) -> StepStats:
         wide = torch.float64
         sums = torch.zeros(NUM_SUMS, dtype=wide, device=loss_T.device)
         sums[0] = loss_T.sum(dtype=wide)
@@ -210,12 +217,14 @@ class Objective:
         sums[3] = boundary.mask_T.sum(dtype=wide)
         sums[4] = boundary.threshold_mask_T.sum(dtype=wide)
         sums[5] = ((boundary.prob_T - 0.5).abs() < NEAR_HALF).sum(dtype=wide)
+        if slope_T is not None:
+            sums[6] = slope_T.square().sum(dtype=wide)
         if layout is not None:
             bins_M = layout.pooled_count_M.clamp(max=NUM_LENGTH_BINS - 1)
             lengths = sums[len(_SUMS) :]
             lengths.index_add_(0, bins_M, torch.ones_like(bins_M, dtype=wide))
         histogram = None
-        if self.tracks_threshold:
+        if self.keeps_histogram:
             histogram = probability_histogram(boundary.prob_T, output.packing)
         return StepStats(sums, histogram)
 

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from megadlcm.config import OptimizerConfig, RunConfig
 from megadlcm.model.scaling import GROUPS, ParameterRule, parameter_table
+from megadlcm.training.ratio_control import LINEAR_EPS, steers_detector
 
 
 def base_learning_rate(config: OptimizerConfig, group: str) -> float:
@@ -33,8 +34,8 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
         config: the run; the optimizer, mup and model sections are read.
 
     Returns:
-        Groups in a fixed order, as torch optimizers take them, with two keys of our own:
-        `mup_group` (name) and `peak_learning_rate`.
+        Groups in a fixed order, as torch optimizers take them, with keys of our own: `mup_group`
+        (name), `peak_learning_rate`, and `steered` where `ratio_control` sets the rate.
     """
     rules = parameter_table(model, config.model, config.mup)
     members: dict[tuple[str, float, float, bool], list[nn.Parameter]] = {}
@@ -44,31 +45,20 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
     for key in sorted(members, key=lambda key: (GROUPS.index(key[0]), key[1:])):
         group, learning_rate_scale, eps_scale, decays = key
         peak = base_learning_rate(config.optimizer, group) * learning_rate_scale
+        steered = group == "boundary" and steers_detector(config)
         groups.append(
             {
                 "params": members[key],
                 "mup_group": group,
-                "peak_learning_rate": peak,
-                "lr": peak,
-                "eps": config.optimizer.eps * eps_scale,
-                "betas": _betas(config.optimizer, group),
+                "steered": steered,
+                "peak_learning_rate": 0.0 if steered else peak,
+                "lr": 0.0 if steered else peak,
+                "eps": LINEAR_EPS if steered else config.optimizer.eps * eps_scale,
+                "betas": (0.0, 0.0) if steered else config.optimizer.betas,
                 "weight_decay": config.optimizer.weight_decay if decays else 0.0,
             }
         )
     return groups
-
-
-def _betas(config: OptimizerConfig, group: str) -> tuple[float, float]:
-    """AdamW's averages for a muP group.
-
-    The boundary projections are trained by the ratio loss alone, which is an integral controller
-    of the boundary rate. A running mean of its gradient is a lag in that loop and makes the rate
-    swing for dozens of steps, so they have none. Dividing by the running square gives each step
-    nearly full size however small the error, so the rate dances around the target by what one
-    step moves: their learning rate is a tenth of the others' (at 3e-3 it alternates between half
-    and twice the target; with a large epsilon instead it trails behind while the encoder moves).
-    """
-    return config.boundary_betas if group == "boundary" else config.betas
 
 
 def _group_key(rule: ParameterRule) -> tuple[str, float, float, bool]:

@@ -35,12 +35,12 @@ def learning_rate_factor(schedule: ScheduleConfig, step: int, train_steps: int) 
 def apply_learning_rates(optimizer: Optimizer, factor: float) -> None:
     """Sets the learning rate of every parameter group to its own peak times the factor.
 
-    The boundary projections keep their peak: their rate is the gain of the ratio controller, which
+    A steered group keeps what `ratio_control` gave it: its rate is the gain of a controller, which
     is needed most while everything else warms up.
     """
     for group in optimizer.param_groups:
-        share = 1.0 if group["mup_group"] == "boundary" else factor
-        group["lr"] = group["peak_learning_rate"] * share
+        if not group["steered"]:
+            group["lr"] = group["peak_learning_rate"] * factor
 
 
 def learning_rates(optimizer: Optimizer) -> dict[str, float]:

@@ -21,6 +21,7 @@ from megadlcm.training.objective import (
     StepSummary,
     StepTotals,
 )
+from megadlcm.training.ratio_control import RatioController
 from megadlcm.training.state import TrainState
 
 
@@ -81,15 +82,15 @@ def calibrate_boundaries(engine: TrainingEngine, config: RunConfig, batch: StepB
     Returns:
         The offset.
     """
-    model = engine.model
-    assert isinstance(model, DLCM)
     cosines = []
-    for packed in batch.micro_batches:
-        on_device = to_device(packed, config, 0, engine.mesh.device)
-        output = model.boundaries(on_device.tokens_T, on_device.cu_seqlens, on_device.sampling)
-        inner_T = torch.ones_like(on_device.tokens_T, dtype=torch.bool)
-        inner_T[on_device.cu_seqlens[:-1].long()] = False  # document starts have no predecessor
-        cosines.append(output.cosine_T[inner_T].cpu())
+    with engine.whole_model() as model:
+        assert isinstance(model, DLCM)
+        for packed in batch.micro_batches:
+            on_device = to_device(packed, config, 0, engine.mesh.device)
+            output = model.boundaries(on_device.tokens_T, on_device.cu_seqlens, on_device.sampling)
+            inner_T = torch.ones_like(on_device.tokens_T, dtype=torch.bool)
+            inner_T[on_device.cu_seqlens[:-1].long()] = False  # those have no predecessor
+            cosines.append(output.cosine_T[inner_T].cpu())
     everywhere = engine.mesh.gather_objects(torch.cat(cosines).numpy())
     cosine = torch.cat([torch.from_numpy(part) for part in everywhere])
     model.boundary_detector.calibrate(cosine)
@@ -108,13 +109,14 @@ class TrainStep:
         self.engine = engine
         self.config = config
         self.objective: Objective = engine.deepspeed.module.objective
+        self.controller = RatioController(config)
 
     def run(self, batch: StepBatch, state: TrainState) -> StepResult:
         """Runs one step: forward and backward for each micro-batch, audit, update.
 
         Args:
             batch: this replica's share of the global batch.
-            state: counters; only read.
+            state: counters, which are only read, and averages of the ratio controller.
 
         Returns:
             Sums and gradient norms.
@@ -136,6 +138,7 @@ class TrainStep:
             stats = output.stats if stats is None else stats.add_(output.stats)
             if index == len(micro_batches) - 1:
                 result = self._audit(stats, batch, state)
+                self._steer(result, stats, state)
             deepspeed.step()
         assert result is not None and stats is not None
         if not deepspeed.was_step_applied():
@@ -165,12 +168,12 @@ class TrainStep:
     @torch.no_grad()
     def _count_boundaries(self, micro_batches: list[DeviceBatch]) -> float:
         """Boundaries of this replica's share, which the draws below will repeat exactly."""
-        model = self.engine.model
-        assert isinstance(model, DLCM)
         total = torch.zeros((), dtype=torch.float64, device=self.engine.mesh.device)
-        for batch in micro_batches:
-            output = model.boundaries(batch.tokens_T, batch.cu_seqlens, batch.sampling)
-            total += output.mask_T.sum()
+        with self.engine.whole_model() as model:
+            assert isinstance(model, DLCM)
+            for batch in micro_batches:
+                output = model.boundaries(batch.tokens_T, batch.cu_seqlens, batch.sampling)
+                total += output.mask_T.sum()
         return float(total)
 
     def _audit(self, stats: StepStats, batch: StepBatch, state: TrainState) -> StepResult:
@@ -202,6 +205,16 @@ class TrainStep:
         norms = {group: math.sqrt(square) for group, square in by_group.items()}
         return StepResult(summary, math.sqrt(sum(group_squares)), norms)
 
+    def _steer(self, result: StepResult, stats: StepStats, state: TrainState) -> None:
+        """Sets the rate with which this step's ratio loss moves the boundary detector."""
+        for group in self.engine.optimizer.param_groups:
+            if group["steered"]:
+                assert stats.prob_histogram is not None
+                detector_norm = result.group_grad_norms["boundary"]
+                group["lr"] = self.controller.learning_rate(
+                    result.summary, stats.prob_histogram, detector_norm, result.grad_norm, state
+                )
+
     def _message(self, problem: str, batch: StepBatch, state: TrainState) -> str:
         own = [sample for packed in batch.micro_batches for sample in packed.sample_ids]
         samples = [sample for ids in self.engine.mesh.gather_objects(own) for sample in ids]
@@ -212,7 +225,7 @@ class TrainStep:
         )
 
     def _track_threshold(self, stats: StepStats) -> None:
-        if stats.prob_histogram is not None:
-            model = self.engine.model
-            assert isinstance(model, DLCM)
+        model = self.engine.model
+        if isinstance(model, DLCM) and model.boundary_detector.tracks_threshold:
+            assert stats.prob_histogram is not None
             model.boundary_detector.track_threshold(stats.prob_histogram)

@@ -30,6 +30,7 @@ def test_groups_carry_the_rates_of_the_mup_table(make_run: Callable[..., RunConf
             "token_learning_rate": 0.2,
             "concept_learning_rate": 0.4,
             "boundary_learning_rate": 0.8,
+            "boundary_gain": 0.0,
             "eps": 1e-4,
         },
     )
@@ -49,6 +50,28 @@ def test_groups_carry_the_rates_of_the_mup_table(make_run: Callable[..., RunConf
     assert groups["concept"]["eps"] == pytest.approx(1e-4 / 4)
     assert groups["token"]["weight_decay"] == config.optimizer.weight_decay > 0
     assert groups["gain"]["weight_decay"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("options", "steered"),
+    [
+        ({}, True),
+        ({"model": {"boundary_mode": "learned_local"}}, True),
+        # here cross-entropy trains the detector too
+        ({"model": {"boundary_mode": "ema_ste"}}, False),
+        ({"optimizer": {"name": "sgd"}}, False),
+        ({"optimizer": {"boundary_gain": 0.0}}, False),
+    ],
+)
+def test_the_detector_takes_plain_gradient_steps_where_the_ratio_loss_alone_trains_it(
+    make_run: Callable[..., RunConfig], options: dict[str, dict[str, object]], steered: bool
+) -> None:
+    config = make_run(**options)
+    groups = parameter_groups(build_model(config.model, config.mup), config)
+    assert [g["mup_group"] for g in groups if g["steered"]] == ["boundary"] * steered
+    for group in groups:
+        if group["steered"]:  # no averages, and an eps that no gradient reaches
+            assert group["betas"] == (0.0, 0.0) and group["eps"] == 1.0
 
 
 def test_a_parameter_that_the_table_does_not_know_is_an_error(

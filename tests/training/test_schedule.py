@@ -42,12 +42,14 @@ def test_every_group_moves_from_its_own_peak() -> None:
         {
             "params": [torch.nn.Parameter(torch.zeros(1))],
             "mup_group": name,
+            "steered": name == "boundary",
             "peak_learning_rate": peak,
         }
         for name, peak in (("token", 2.0), ("concept", 6.0), ("boundary", 1.0))
     ]
     optimizer = torch.optim.SGD(groups, lr=99.0)
+    optimizer.param_groups[2]["lr"] = 7.0
     for _ in range(2):  # twice: the rate is set, not multiplied again
         apply_learning_rates(optimizer, 0.5)
-    # the boundary projections are a controller: their rate is its gain and follows no schedule
-    assert learning_rates(optimizer) == {"token": 1.0, "concept": 3.0, "boundary": 1.0}
+    # a steered group has the rate that its controller gave it and follows no schedule
+    assert learning_rates(optimizer) == {"token": 1.0, "concept": 3.0, "boundary": 7.0}
