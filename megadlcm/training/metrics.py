@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from data_pipeline.errors import InputError
 from megadlcm.config import RunConfig
 from megadlcm.ops.compression import ratio_loss
 from megadlcm.training.objective import StepSummary
@@ -151,10 +152,10 @@ class MetricsWriter:
         key = row_key(row)
         if key not in self._written:
             self._written.add(key)
-            line = json.dumps(row, allow_nan=False) + "\n"
-            os.write(
-                self._descriptor, line.encode()
-            )  # one call: a line is there or torn, not mixed
+            line = (json.dumps(row, allow_nan=False) + "\n").encode()
+            # one call: a line is there or torn, not mixed
+            if os.write(self._descriptor, line) < len(line):
+                raise OSError(f"{METRICS_FILE}: the disk took only a part of a row")
         self._write_events(row)
 
     def write_text(self, tag: str, text: str, step: int) -> None:
@@ -221,6 +222,9 @@ def read_written_rows(path: Path) -> set[tuple[str, int]]:
 
     Returns:
         Kind and step of each row.
+
+    Raises:
+        InputError: a whole line that is not a row.
     """
     if not path.exists():
         return set()
@@ -230,4 +234,13 @@ def read_written_rows(path: Path) -> set[tuple[str, int]]:
         torn = len(contents) - len(whole)
         logger.warning("cut off a torn last line of %d bytes in %s", torn, path)
         os.truncate(path, len(whole))
-    return {row_key(json.loads(line)) for line in whole.splitlines()}
+    keys = set()
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            keys.add(row_key(json.loads(line)))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path}: line {number} is no row of metrics ({type(error).__name__}); "
+                "remove the line, or move the file away"
+            ) from error
+    return keys

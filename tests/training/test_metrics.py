@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
     EventAccumulator,
 )
 
+from data_pipeline.errors import InputError
 from megadlcm import pretrain
 from megadlcm.config import RunConfig
 from megadlcm.training.metrics import MetricsWriter, read_written_rows
@@ -135,6 +136,16 @@ def test_a_torn_last_line_is_cut_off_and_its_step_written_again(
     assert read_written_rows(tmp_path / "metrics.jsonl") == {("train", 1), ("train", 2)}
     write_rows(tmp_path, [train_row(3)], first_step=3)
     assert [row["step"] for row in read_rows(tmp_path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("line", ["garbage", "[1]", '{"loss": 1.0}', '{"step": "x"}'])
+def test_a_line_that_is_no_row_is_named_and_kept(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    contents = f'{{"step": 1, "loss": 1.0}}\n{line}\n{{"step": 3, "loss": 1.0}}\n'
+    path.write_text(contents)
+    with pytest.raises(InputError, match="line 2 is no row of metrics"):
+        read_written_rows(path)
+    assert path.read_text() == contents
 
 
 def test_a_number_that_json_does_not_know_is_refused_and_not_written(tmp_path: Path) -> None:
