@@ -100,7 +100,7 @@ def make_plan(config: RunConfig, hardware: Hardware) -> Plan:
         InputError: the run cannot work on these machines.
     """
     replicas = hardware.world_size
-    accumulation = _accumulation_steps(config, replicas)
+    accumulation = config.training.gradient_accumulation_steps(replicas)
     model, seq_len = config.model, config.data.seq_len
     control = dense_control(model)
     flops = flops_per_token(model, seq_len)
@@ -140,17 +140,6 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
 def render_plan(plan: Plan) -> str:
     """Spells a plan as a table for a terminal."""
     return "\n".join([*_size_lines(plan), "", *_memory_lines(plan), "", *_time_lines(plan)])
-
-
-def _accumulation_steps(config: RunConfig, replicas: int) -> int:
-    together = config.training.micro_batch_size * replicas
-    if config.training.global_batch_size % together:
-        raise InputError(
-            f"training.global_batch_size = {config.training.global_batch_size} is not a multiple "
-            f"of training.micro_batch_size * replicas = {config.training.micro_batch_size} * "
-            f"{replicas}; change one of the three"
-        )
-    return config.training.global_batch_size // together
 
 
 def _seconds(training_flops: float, config: RunConfig, hardware: Hardware) -> float | None:

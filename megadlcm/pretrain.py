@@ -28,7 +28,7 @@ from megadlcm.parallel.mesh import (
     launch_environment,
 )
 from megadlcm.training.checkpoint import resume
-from megadlcm.training.engine import build_engine, gradient_accumulation_steps
+from megadlcm.training.engine import build_engine
 from megadlcm.training.metrics import MetricsWriter
 from megadlcm.training.run_folder import prepare_run_folder
 from megadlcm.training.state import TrainState
@@ -166,7 +166,7 @@ def check_launch(config: RunConfig) -> None:
             an attention back-end that cannot run on it.
     """
     launch = launch_environment()
-    gradient_accumulation_steps(config, launch.world_size)
+    config.training.gradient_accumulation_steps(launch.world_size)
     device = choose_device(launch.local_rank)
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     try:

@@ -64,6 +64,27 @@ class TrainingConfig:
         require_choice("training", self, "ratio_statistics", get_args(RatioStatistics))
         require_at_least("training", self, 0, "max_grad_norm", "ratio_loss_weight")
 
+    def gradient_accumulation_steps(self, data_parallel_size: int) -> int:
+        """Micro-batches of one replica in an optimizer step.
+
+        Args:
+            data_parallel_size: replicas.
+
+        Returns:
+            global_batch_size / (micro_batch_size * replicas).
+
+        Raises:
+            InputError: the division leaves a rest.
+        """
+        together = self.micro_batch_size * data_parallel_size
+        if self.global_batch_size % together:
+            raise InputError(
+                f"training.global_batch_size = {self.global_batch_size} is not a multiple of "
+                f"training.micro_batch_size * replicas = {self.micro_batch_size} * "
+                f"{data_parallel_size}; change one of the three"
+            )
+        return self.global_batch_size // together
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:

@@ -39,30 +39,6 @@ BUCKET_ELEMENTS = 50_000_000
 """Elements that are communicated at once; DeepSpeed's default would allocate 2 GB for them."""
 
 
-def gradient_accumulation_steps(config: RunConfig, data_parallel_size: int) -> int:
-    """Micro-batches of one replica in an optimizer step.
-
-    Args:
-        config: the run.
-        data_parallel_size: replicas.
-
-    Returns:
-        global_batch_size / (micro_batch_size * replicas).
-
-    Raises:
-        InputError: the division leaves a rest.
-    """
-    training = config.training
-    together = training.micro_batch_size * data_parallel_size
-    if training.global_batch_size % together:
-        raise InputError(
-            f"training.global_batch_size = {training.global_batch_size} is not a multiple of "
-            f"micro_batch_size * replicas = {training.micro_batch_size} * {data_parallel_size}; "
-            "change one of the three"
-        )
-    return training.global_batch_size // together
-
-
 def deepspeed_dictionary(config: RunConfig, data_parallel_size: int) -> dict[str, Any]:
     """Computes DeepSpeed's configuration from the run's; nobody writes it by hand.
 
@@ -82,7 +58,7 @@ def deepspeed_dictionary(config: RunConfig, data_parallel_size: int) -> dict[str
     return {
         "train_batch_size": training.global_batch_size,
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
-        "gradient_accumulation_steps": gradient_accumulation_steps(config, data_parallel_size),
+        "gradient_accumulation_steps": training.gradient_accumulation_steps(data_parallel_size),
         "managed_gradient_accumulation": True,
         "gradient_clipping": training.max_grad_norm,
         "prescale_gradients": False,
@@ -252,7 +228,7 @@ def build_engine(model: LanguageModel, config: RunConfig, mesh: ParallelMesh) ->
         InputError: an unknown DeepSpeed, or a global batch that does not divide.
     """
     check_deepspeed_version()
-    accumulation = gradient_accumulation_steps(config, mesh.data_parallel_size)
+    accumulation = config.training.gradient_accumulation_steps(mesh.data_parallel_size)
     model.set_recompute(config.parallel.recompute)
     model.to(mesh.device)
     optimizer = build_optimizer(model, config)

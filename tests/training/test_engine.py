@@ -12,7 +12,6 @@ from megadlcm.config import RunConfig
 from megadlcm.training.engine import (
     check_deepspeed_version,
     deepspeed_dictionary,
-    gradient_accumulation_steps,
 )
 from megadlcm.training.state import TrainState
 from megadlcm.training.step import TrainStep
@@ -52,9 +51,9 @@ def test_a_global_batch_that_does_not_divide_names_the_three_numbers(
     make_run: Callable[..., RunConfig],
 ) -> None:
     config = make_run(training={"global_batch_size": 8, "micro_batch_size": 2})
-    assert gradient_accumulation_steps(config, 2) == 2
+    assert config.training.gradient_accumulation_steps(2) == 2
     with pytest.raises(InputError, match=r"global_batch_size = 8 .* 2 \* 3"):
-        gradient_accumulation_steps(config, 3)
+        config.training.gradient_accumulation_steps(3)
 
 
 def test_building_an_engine_in_bf16_walks_no_old_objects(
