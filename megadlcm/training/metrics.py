@@ -206,7 +206,7 @@ class MetricsWriter:
                     self._events.add_scalar(f"{tag}/{name}", value, row["step"])
         for position, value in enumerate(row.get("loss_by_position", [])):
             if value is not None:
-                self._events.add_scalar(f"eval/loss_by_position/{position:02d}", value, row["step"])
+                self._events.add_scalar(f"eval_loss_by_position/{position:02d}", value, row["step"])
 
 
 def row_key(row: dict[str, Any]) -> tuple[str, int]:

@@ -68,8 +68,8 @@ SCALARS = {
     "eval/tokens_per_concept",
     *(f"eval/{name}/{domain}" for name in ("loss", "bits_per_byte") for domain in ("en", "code")),
     *(f"eval/tokens_per_concept/{domain}" for domain in ("en", "code")),
-    "eval/loss_by_position/00",
-    "eval/loss_by_position/03",
+    "eval_loss_by_position/00",
+    "eval_loss_by_position/03",
 }
 
 
