@@ -13,6 +13,7 @@ import argparse
 import concurrent.futures
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,10 +87,8 @@ def experiments(suites: list[str]) -> list[Experiment]:
 
 
 def run_experiment(run: Experiment, data: list[str], folder: Path, steps: int) -> None:
-    """Trains one run through the command line, unless it is finished."""
+    """Trains one run through the command line, unless it is finished with this very config."""
     run_folder = folder / run.name
-    if (run_folder / "summary.json").exists():
-        return
     overrides = [
         *_SHAPE,
         *data,
@@ -105,9 +104,16 @@ def run_experiment(run: Experiment, data: list[str], folder: Path, steps: int) -
         "checkpoint.keep=1",
         *run.overrides,
     ]
-    megadlcm("train", str(_CONFIG), *overrides, log=folder / f"{run.name}.log")
+    summary_file = run_folder / "summary.json"
+    if not (summary_file.exists() and _same_config(run_folder, overrides)):
+        shutil.rmtree(run_folder, ignore_errors=True)
+        megadlcm("train", str(_CONFIG), *overrides, log=folder / f"{run.name}.log")
     summary = summarize(run_folder, run.suite, run.model, run.seed)
-    (run_folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    summary_file.write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def _same_config(run_folder: Path, overrides: list[str]) -> bool:
+    return load_config(run_folder / "config.yaml") == load_config(_CONFIG, overrides)
 
 
 def main() -> None:

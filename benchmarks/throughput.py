@@ -2,12 +2,15 @@
 
     python -m benchmarks.throughput CONFIG [key=value ...] [--rounds N] [--steps N]
 
-The three are timed in turn, a few steps each, round after round on the same samples, and the
-medians of the round-by-round ratios are printed: a machine that slows down slows down all three.
+Three loops train on the same batches, a few steps each, round after round; the medians of the
+round-by-round ratios are printed, so a machine that slows down slows down all three.
 
 - dlcm: a bare loop (forward, loss, backward, clip, fused AdamW) around the config's model;
 - dense: the same loop around the dense control with equal forward FLOPs per token;
 - trainer: the real loop (DeepSpeed engine, data loader, metrics, TensorBoard) around the model.
+
+Equal FLOPs hold at the target compression only, so rates are small and constant, the loops run
+until the ratio has settled, and a measurement at another compression is refused.
 """
 
 from __future__ import annotations
@@ -16,65 +19,97 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import shlex
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.equal_flops import dense_with_equal_flops
-from data_pipeline.batch import PackedBatch
+from data_pipeline.batch import StepBatch
 from data_pipeline.loader import StepLoader
 from megadlcm.config import RunConfig, load_config
+from megadlcm.config.accounting import flops_per_token
 from megadlcm.model import DLCM, LanguageModel, build_model
-from megadlcm.ops.boundary import BoundarySampling
-from megadlcm.ops.compression import ratio_gradient_scale
-from megadlcm.ops.cross_entropy import token_cross_entropy
 from megadlcm.parallel.mesh import ParallelMesh, join_process_group
 from megadlcm.pretrain import open_trainer
+from megadlcm.training.objective import Objective, StepSummary, StepTotals
 from megadlcm.training.optimizer import build_optimizer
+from megadlcm.training.ratio_control import RatioController
+from megadlcm.training.state import TrainState
+from megadlcm.training.step import to_device
+from megadlcm.training.trainer import Trainer
+
+_SETTLING_STEPS = 40
+_TOLERANCE = 0.03
+"""Largest relative distance of a loop's compression from its target."""
 
 
 class BareLoop:
-    """What a researcher would write: nothing but the arithmetic of a step."""
+    """What a researcher would write: nothing but the arithmetic of a step.
 
-    def __init__(self, config: RunConfig, calibration: PackedBatch | None) -> None:
-        self.config = config
+    Args:
+        config: the run; its micro-batch is the whole global batch.
+        mesh: the one process.
+        calibration_offset: the detector's offset, as the trainer's calibration sets it.
+    """
+
+    def __init__(self, config: RunConfig, mesh: ParallelMesh, calibration_offset: float) -> None:
+        self.config, self.device = config, mesh.device
         self.model: LanguageModel = build_model(config.model, config.mup, seed=config.seed)
-        if isinstance(self.model, DLCM) and calibration is not None:
-            tokens_T, _, cu_seqlens, _ = _tensors(calibration, config, 0)
-            with torch.no_grad():
-                cosine_T = self.model.boundaries(tokens_T, cu_seqlens).cosine_T
-            self.model.boundary_detector.calibrate(cosine_T[1:])
+        self.model.set_recompute(config.parallel.recompute)
+        self.model.to(self.device)
+        if isinstance(self.model, DLCM):
+            self.model.boundary_detector.offset.fill_(calibration_offset)
+        self.objective = Objective(config, mesh, 1)
+        self.controller = RatioController(config)
         self.optimizer = build_optimizer(self.model, config)
-        self.step = 0
+        self.state = TrainState()
+        self.tokens = self.concepts = 0.0
 
-    def run(self, batch: PackedBatch) -> None:
-        """Trains on one micro-batch that is the whole global batch."""
-        config = self.config
-        tokens_T, labels_T, cu_seqlens, sampling = _tensors(batch, config, self.step)
-        output = self.model(tokens_T, cu_seqlens, sampling)
-        loss = token_cross_entropy(output.logits_TV, labels_T).mean()
-        if output.boundary is not None:
-            fraction = output.boundary.mask_T.float().mean()
-            scale = ratio_gradient_scale(fraction, config.model.target_tokens_per_concept)
-            weight = config.training.ratio_loss_weight
-            loss = loss + weight * scale * output.boundary.prob_T.mean()
+    def run(self, step_batch: StepBatch) -> StepSummary:
+        """Trains on one global batch and returns its sums."""
+        config, state = self.config, self.state
+        batch = to_device(step_batch.micro_batches[0], config, state.step, self.device)
+        half = config.training.precision == "bf16"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
+            output = self.model(batch.tokens_T, batch.cu_seqlens, batch.sampling)
+        totals = StepTotals(batch.tokens_T.numel(), None)
+        loss, stats = self.objective(output, batch.labels_T, totals)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.training.max_grad_norm)
+        parameters = list(self.model.parameters())
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.training.max_grad_norm)
+        summary = StepSummary.from_sums(stats.sums.tolist())
+        for group in self.optimizer.param_groups:
+            if group["steered"]:
+                self._steer(group, summary, stats.prob_histogram, float(norm))
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.step += 1
+        state.step += 1
+        self.tokens += summary.num_tokens
+        self.concepts += summary.num_boundaries
+        return summary
+
+    def _steer(
+        self, group: dict[str, Any], summary: StepSummary, histogram: Any, norm: float
+    ) -> None:
+        clipped = torch.stack(torch._foreach_norm([p.grad for p in group["params"]])).norm()
+        shortened = min(1.0, self.config.training.max_grad_norm / norm)
+        group["lr"] = self.controller.learning_rate(
+            summary, histogram, float(clipped) / shortened, norm, self.state
+        )
 
 
 def measure(config: RunConfig, rounds: int, steps: int) -> dict[str, object]:
     """Times the three loops in turn.
 
     Args:
-        config: a run in fp32 on one process, its micro-batch the whole global batch.
+        config: a run on one process, its micro-batch the whole global batch.
         rounds: repetitions of the three.
         steps: steps of each in a round.
 
@@ -82,76 +117,121 @@ def measure(config: RunConfig, rounds: int, steps: int) -> dict[str, object]:
         Median ratios, their range, and what was compared.
     """
     mesh = join_process_group()
-    batches = _read_batches(config, steps)
+    if mesh.world_size != 1:
+        raise SystemExit("the benchmark runs in one process")
     dense_model = dense_with_equal_flops(config.model, config.data.seq_len)
     dense_config = dataclasses.replace(config, model=dense_model)
-    loops = {"dlcm": BareLoop(config, batches[0]), "dense": BareLoop(dense_config, None)}
-    seconds: dict[str, list[float]] = {"dlcm": [], "dense": [], "trainer": []}
     with tempfile.TemporaryDirectory() as folder:
         trainer_config = dataclasses.replace(config, output_dir=folder)
-        with open_trainer(trainer_config, _mesh(mesh)) as trainer:
-            for index in range(rounds + 1):
-                for name, loop in loops.items():
-                    with _timed(seconds[name]):
-                        for batch in batches:
-                            loop.run(batch)
-                with _timed(seconds["trainer"]):
-                    for _ in range(steps):
-                        trainer.train_one()
-                if index == 0:  # the first round warms up
-                    seconds = {name: [] for name in seconds}
-    tokens = sum(batch.num_tokens for batch in batches)
-    return {
-        "dense": dataclasses.asdict(dense_model),
-        "tokens_per_second": {
-            name: tokens / statistics.median(values) for name, values in seconds.items()
-        },
-        "dlcm_over_dense": _ratio(seconds["dense"], seconds["dlcm"]),
-        "trainer_over_bare": _ratio(seconds["dlcm"], seconds["trainer"]),
+        with open_trainer(trainer_config, mesh) as trainer, _batches(config) as loader:
+            trainer.train_one()  # calibrates
+            first = next(loader)
+            assert isinstance(trainer.engine.model, DLCM)
+            offset = float(trainer.engine.model.boundary_detector.offset)
+            loops = {
+                "dlcm": BareLoop(config, mesh, offset),
+                "dense": BareLoop(dense_config, mesh, 0.0),
+            }
+            for loop in loops.values():
+                loop.run(first)
+            _round(trainer, loops, loader, _SETTLING_STEPS)
+            concepts = _TrainerConcepts(trainer)
+            loops["dlcm"].tokens = loops["dlcm"].concepts = 0.0
+            timed = [_round(trainer, loops, loader, steps) for _ in range(rounds)]
+            realised = {
+                "dlcm": loops["dlcm"].tokens / loops["dlcm"].concepts,
+                "trainer": concepts.ratio(),
+            }
+            tokens = loops["dlcm"].tokens / rounds
+    seconds = {name: [entry[name] for entry in timed] for name in timed[0]}
+    return _report(config, dense_config, seconds, realised, tokens) | {
         "rounds": rounds,
         "steps": steps,
         "threads": torch.get_num_threads(),
+        "device": mesh.device.type,
     }
 
 
-def _mesh(mesh: ParallelMesh) -> ParallelMesh:
-    if mesh.world_size != 1:
-        raise SystemExit("the benchmark runs in one process")
-    return mesh
+class _TrainerConcepts:
+    """Realised compression of the trainer's steps from here on, from its metrics file."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._path = Path(trainer.config.output_dir) / "metrics.jsonl"
+        self._skip = len(self._path.read_text().splitlines())
+
+    def ratio(self) -> float:
+        rows = [json.loads(line) for line in self._path.read_text().splitlines()[self._skip :]]
+        return statistics.harmonic_mean(row["tokens_per_concept"] for row in rows)
 
 
-def _read_batches(config: RunConfig, steps: int) -> list[PackedBatch]:
-    training = config.training
-    if training.micro_batch_size != training.global_batch_size:
-        raise SystemExit("set training.micro_batch_size to training.global_batch_size")
+def _round(
+    trainer: Trainer, loops: dict[str, BareLoop], loader: StepLoader, steps: int
+) -> dict[str, float]:
+    """Trains each loop on the same batches; seconds of each."""
+    batches = [next(loader) for _ in range(steps)]
+    seconds = {}
+    for name, loop in loops.items():
+        start = _now(loop.device)
+        for batch in batches:
+            loop.run(batch)
+        seconds[name] = _now(loop.device) - start
+    assert trainer.state.consumed_samples == batches[0].first_sample
+    start = _now(trainer.engine.mesh.device)
+    for _ in batches:
+        trainer.train_one()
+    seconds["trainer"] = _now(trainer.engine.mesh.device) - start
+    return seconds
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+@contextlib.contextmanager
+def _batches(config: RunConfig) -> Iterator[StepLoader]:
     loader = StepLoader(
         config.data,
-        global_batch_size=training.global_batch_size,
-        micro_batch_size=training.micro_batch_size,
+        global_batch_size=config.training.global_batch_size,
+        micro_batch_size=config.training.micro_batch_size,
     )
     try:
-        return [next(loader).micro_batches[0] for _ in range(steps)]
+        yield loader
     finally:
         loader.close()
 
 
-def _tensors(
-    batch: PackedBatch, config: RunConfig, step: int
-) -> tuple[Tensor, Tensor, Tensor, BoundarySampling]:
-    index_T = torch.from_numpy(batch.token_index_T)
-    return (
-        torch.from_numpy(batch.tokens_T),
-        torch.from_numpy(batch.labels_T),
-        torch.from_numpy(batch.cu_seqlens),
-        BoundarySampling(config.seed, step, index_T),
-    )
-
-
-@contextlib.contextmanager
-def _timed(seconds: list[float]) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds.append(time.perf_counter() - start)
+def _report(
+    config: RunConfig,
+    dense: RunConfig,
+    seconds: dict[str, list[float]],
+    realised: dict[str, float],
+    tokens: float,
+) -> dict[str, object]:
+    target = config.model.target_tokens_per_concept
+    for name, ratio in realised.items():
+        if abs(ratio / target - 1) > _TOLERANCE:
+            raise SystemExit(
+                f"{name}: {ratio:.2f} tokens per concept, target {target:g}: not comparable; "
+                "raise --steps or the batch"
+            )
+    length = config.data.seq_len
+    flops = [
+        flops_per_token(config.model, length, realised["dlcm"])["total"],
+        flops_per_token(dense.model, length)["total"],
+    ]
+    return {
+        "dlcm_over_dense": _ratio(seconds["dense"], seconds["dlcm"]),
+        "trainer_over_bare": _ratio(seconds["dlcm"], seconds["trainer"]),
+        "tokens_per_concept": realised,
+        "flops_per_token_dlcm_over_dense": flops[0] / flops[1],
+        "tokens_per_second": {
+            name: tokens / statistics.median(values) for name, values in seconds.items()
+        },
+        "model": dataclasses.asdict(config.model),
+        "dense": dataclasses.asdict(dense.model),
+    }
 
 
 def _ratio(numerator: list[float], denominator: list[float]) -> dict[str, float]:
@@ -160,18 +240,33 @@ def _ratio(numerator: list[float], denominator: list[float]) -> dict[str, float]
 
 
 def main() -> None:
-    """Measures and prints JSON."""
+    """Measures, prints JSON and keeps it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=3)
+    results = Path(__file__).parent / "results" / "throughput.json"
+    parser.add_argument("--output", type=Path, default=results, help="default: %(default)s")
     arguments = parser.parse_args()
-    length = f"training.train_steps={(arguments.rounds + 1) * arguments.steps + 1}"
-    config = load_config(arguments.config, [*arguments.overrides, length])
-    print(json.dumps(measure(config, arguments.rounds, arguments.steps), indent=1))
+    given = load_config(arguments.config, arguments.overrides)
+    length = _SETTLING_STEPS + 2 + arguments.rounds * arguments.steps
+    fixed = (
+        f"training.micro_batch_size={given.training.global_batch_size}",
+        f"training.train_steps={length}",
+        "optimizer.learning_rate=1e-4",
+        "schedule.warmup_steps=0",
+        "schedule.decay_fraction=0",
+    )
+    config = load_config(arguments.config, [*arguments.overrides, *fixed])
+    result = measure(config, arguments.rounds, arguments.steps)
+    command = shlex.join(["python", "-m", "benchmarks.throughput", *sys.argv[1:]])
+    text = json.dumps({"command": command} | result, indent=1)
+    print(text)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(text + "\n")
 
 
 if __name__ == "__main__":
