@@ -13,9 +13,12 @@ from megadlcm.model.accounting import flops_per_token
 TRAINING_PASSES = 3
 """Forward once, backward twice; work that is repeated by recomputation does not count."""
 
-# dense peak of one device, TFLOP/s: (bf16, fp32 without TF32), from the makers' data sheets
+# dense peak of one device, TFLOP/s: (bf16, fp32 without TF32), from the makers' data sheets; the
+# first name that a device's name contains holds
 _GPU_PEAK_TFLOPS = {
     "H200": (989.0, 67.0),
+    "H100 PCIe": (756.0, 51.0),
+    "H100 NVL": (835.0, 60.0),
     "H100": (989.0, 67.0),
     "H800": (989.0, 67.0),
     "B200": (2250.0, 80.0),
@@ -28,7 +31,7 @@ _MATRIX_SIZE = 1024
 _REPETITIONS = 5
 
 
-def peak_flops(config: RunConfig, device: torch.device) -> float | None:
+def peak_flops(config: RunConfig, device: torch.device) -> float:
     """Peak of one device in FLOP/s.
 
     Args:
@@ -36,29 +39,45 @@ def peak_flops(config: RunConfig, device: torch.device) -> float | None:
         device: the device.
 
     Returns:
-        The given peak; else the data sheet's for a known GPU; on a CPU the best of a few fp32
-        matrix products, measured now; None for an unknown GPU.
+        The given peak; else the data sheet's for a known GPU; on a CPU and on another GPU the best
+        of a few matrix products, measured now.
     """
     if config.logging.peak_tflops is not None:
         return config.logging.peak_tflops * 1e12
+    half = config.training.precision == "bf16"
     if device.type == "cpu":
-        return measure_matmul_flops()
+        return measure_matmul_flops(device, torch.float32)
     name = torch.cuda.get_device_name(device)
     for known, (bf16, fp32) in _GPU_PEAK_TFLOPS.items():
         if known in name:
-            return (bf16 if config.training.precision == "bf16" else fp32) * 1e12
-    return None
+            return (bf16 if half else fp32) * 1e12
+    return measure_matmul_flops(device, torch.bfloat16 if half else torch.float32)
 
 
-def measure_matmul_flops() -> float:
-    """Best rate of fp32 matrix products on this CPU with the threads that torch uses, FLOP/s."""
-    matrix = torch.ones(_MATRIX_SIZE, _MATRIX_SIZE)
+def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Best rate of matrix products on a device, with the threads that torch uses, FLOP/s.
+
+    Args:
+        device: the device.
+        dtype: type of the matrices.
+
+    Returns:
+        FLOP/s; below the peak of a data sheet.
+    """
+    size = _MATRIX_SIZE if device.type == "cpu" else 8 * _MATRIX_SIZE
+    matrix = torch.ones(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(_REPETITIONS):
-        start = time.perf_counter()
+        start = _synchronized_time(device)
         torch.mm(matrix, matrix)
-        best = min(best, time.perf_counter() - start)
-    return 2.0 * _MATRIX_SIZE**3 / best
+        best = min(best, _synchronized_time(device) - start)
+    return 2.0 * size**3 / best
+
+
+def _synchronized_time(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def training_flops_per_token(config: RunConfig, tokens_per_concept: float | None) -> float:
