@@ -100,9 +100,10 @@ class BareLoop:
     ) -> None:
         clipped = torch.stack(torch._foreach_norm([p.grad for p in group["params"]])).norm()
         shortened = min(1.0, self.config.training.max_grad_norm / norm)
-        group["lr"] = self.controller.learning_rate(
-            summary, histogram, float(clipped) / shortened, norm, self.state
+        step_size = self.controller.step_size(
+            summary.boundary_fraction, histogram.cpu(), float(clipped) / shortened, self.state
         )
+        group["lr"] = self.controller.adamw_rate(step_size, norm)
 
 
 def measure(config: RunConfig, rounds: int, steps: int) -> dict[str, object]:

@@ -186,6 +186,12 @@ class ModelConfig:
                 f"model.max_segment_tokens = {self.max_segment_tokens}, must be >= 2, or 0 for no "
                 "limit; choose one"
             )
+        if 0 < self.max_segment_tokens < ratio:
+            raise InputError(
+                f"model.max_segment_tokens = {self.max_segment_tokens}, must be >= "
+                f"model.target_tokens_per_concept = {ratio}: no segment could reach the target; "
+                "raise one or lower the other"
+            )
         threshold = self.rule_threshold
         if threshold is not None and not 0.0 < threshold < 1.0:
             raise InputError(

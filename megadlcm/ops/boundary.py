@@ -11,7 +11,7 @@ from torch import Tensor
 from megadlcm.ops.packing import Packing
 from megadlcm.ops.random import uniform
 
-NUM_PROBABILITY_BINS = 1024
+NUM_PROBABILITY_BINS = 16384
 
 
 @dataclass(frozen=True)
@@ -159,11 +159,13 @@ def probability_histogram(prob_T: Tensor, packing: Packing) -> Tensor:
         packing: the documents; document starts are left out.
 
     Returns:
-        int64 (1024,).
+        int64 (NUM_PROBABILITY_BINS,).
     """
-    inner = prob_T.detach()[packing.position > 0]
-    bins = (inner * NUM_PROBABILITY_BINS).long().clamp_(max=NUM_PROBABILITY_BINS - 1)
-    return torch.bincount(bins, minlength=NUM_PROBABILITY_BINS)
+    # what is not finite is counted somewhere: it is for the loss to say so
+    prob_T = torch.nan_to_num(prob_T.detach())
+    bins_T = (prob_T * NUM_PROBABILITY_BINS).long().clamp_(0, NUM_PROBABILITY_BINS - 1)
+    counts = torch.zeros(NUM_PROBABILITY_BINS, dtype=torch.int64, device=prob_T.device)
+    return counts.scatter_add_(0, bins_T, (packing.position > 0).long())
 
 
 def histogram_quantile(histogram: Tensor, share_above: float) -> Tensor:
@@ -179,7 +181,7 @@ def histogram_quantile(histogram: Tensor, share_above: float) -> Tensor:
     counts = histogram.double()
     above = counts.flip(0).cumsum(0).flip(0)
     wanted = share_above * counts.sum()
-    bin_index = int((above >= wanted).nonzero().max()) if counts.sum() > 0 else 0
+    bin_index = max(int((above >= wanted).sum()) - 1, 0) if counts.any() else 0
     inside = counts[bin_index].clamp(min=1.0)
     fraction = ((above[bin_index] - wanted) / inside).clamp(0.0, 1.0)
     return ((bin_index + fraction) / histogram.numel()).to(torch.float32)

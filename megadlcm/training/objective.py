@@ -42,7 +42,6 @@ _SUMS = (
     "num_boundaries",
     "num_threshold_boundaries",
     "num_near_half",
-    "ratio_slope_square",
 )
 NUM_SUMS = len(_SUMS) + NUM_LENGTH_BINS
 
@@ -78,7 +77,7 @@ class StepStats:
     sums: Tensor
     """The scalars of `StepSummary` and the histogram of concept lengths, fp64 (NUM_SUMS,)."""
     prob_histogram: Tensor | None = None
-    """Probabilities in 1024 bins, int64; only where something is steered by them."""
+    """Probabilities in equal bins, int64; only where something is steered by them."""
 
     def add_(self, other: StepStats) -> StepStats:
         """Adds the sums of another micro-batch in place."""
@@ -98,8 +97,6 @@ class StepSummary:
     num_boundaries: float
     num_threshold_boundaries: float
     num_near_half: float
-    ratio_slope_square: float
-    """Sum over tokens of s_t^2, the squared gradient of the ratio loss."""
     concept_lengths: list[int] = field(default_factory=list)
     """Concepts of each length; see `NUM_LENGTH_BINS`."""
 
@@ -184,7 +181,7 @@ class Objective:
             ratio = (slope_T.to(output.boundary.prob_T.dtype) * output.boundary.prob_T).sum()
             loss = loss + self.ratio_loss_weight * ratio
         loss = loss * (self.averaged_over / totals.num_tokens)
-        return MicroBatchResult(loss, self._stats(output, loss_T.detach(), slope_T))
+        return MicroBatchResult(loss, self._stats(output, loss_T.detach()))
 
     def _ratio_slope(self, output: ModelOutput, totals: StepTotals) -> Tensor | None:
         """s_t of each token, (T,)."""
@@ -205,7 +202,7 @@ class Objective:
         return slope.to(boundary.prob_T.device).expand(boundary.prob_T.shape)
 
     @torch.no_grad()
-    def _stats(self, output: ModelOutput, loss_T: Tensor, slope_T: Tensor | None) -> StepStats:
+    def _stats(self, output: ModelOutput, loss_T: Tensor) -> StepStats:
         wide = torch.float64
         sums = torch.zeros(NUM_SUMS, dtype=wide, device=loss_T.device)
         sums[0] = loss_T.sum(dtype=wide)
@@ -217,8 +214,6 @@ class Objective:
         sums[3] = boundary.mask_T.sum(dtype=wide)
         sums[4] = boundary.threshold_mask_T.sum(dtype=wide)
         sums[5] = ((boundary.prob_T - 0.5).abs() < NEAR_HALF).sum(dtype=wide)
-        if slope_T is not None:
-            sums[6] = slope_T.square().sum(dtype=wide)
         if layout is not None:
             bins_M = layout.pooled_count_M.clamp(max=NUM_LENGTH_BINS - 1)
             lengths = sums[len(_SUMS) :]

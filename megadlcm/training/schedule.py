@@ -44,5 +44,8 @@ def apply_learning_rates(optimizer: Optimizer, factor: float) -> None:
 
 
 def learning_rates(optimizer: Optimizer) -> dict[str, float]:
-    """Current learning rate of each muP group."""
-    return {group["mup_group"]: group["lr"] for group in optimizer.param_groups}
+    """Current learning rate of each muP group; of a steered group that of its gradient steps."""
+    return {
+        group["mup_group"]: group["lr"] / group["eps"] if group["steered"] else group["lr"]
+        for group in optimizer.param_groups
+    }

@@ -21,9 +21,9 @@ class TrainState:
     previous_boundary_fraction: float | None = None
     """F of the last step, for `training.ratio_statistics: previous_step`; None before step 1."""
     detector_gradient_square: float | None = None
-    """Running mean of the squared norm of the boundary detector's gradient; see ratio_control."""
+    """Running mean of the squared norm of the detector gradient over lambda; see ratio_control."""
     ratio_slope_square: float | None = None
-    """Running mean of the squared slope of the ratio loss, over tokens; see ratio_control."""
+    """Running mean of the squared slope of the ratio loss; see ratio_control."""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the state as JSON-able data."""

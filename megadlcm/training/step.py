@@ -138,7 +138,7 @@ class TrainStep:
             stats = output.stats if stats is None else stats.add_(output.stats)
             if index == len(micro_batches) - 1:
                 result = self._audit(stats, batch, state)
-                self._steer(result, stats, state)
+                self._steer(result, stats, totals, state)
             deepspeed.step()
         assert result is not None and stats is not None
         if not deepspeed.was_step_applied():
@@ -205,15 +205,19 @@ class TrainStep:
         norms = {group: math.sqrt(square) for group, square in by_group.items()}
         return StepResult(summary, math.sqrt(sum(group_squares)), norms)
 
-    def _steer(self, result: StepResult, stats: StepStats, state: TrainState) -> None:
+    def _steer(
+        self, result: StepResult, stats: StepStats, totals: StepTotals, state: TrainState
+    ) -> None:
         """Sets the rate with which this step's ratio loss moves the boundary detector."""
+        used = totals.boundary_fraction
+        fraction = result.summary.boundary_fraction if used is None else float(used)
         for group in self.engine.optimizer.param_groups:
             if group["steered"]:
                 assert stats.prob_histogram is not None
-                detector_norm = result.group_grad_norms["boundary"]
-                group["lr"] = self.controller.learning_rate(
-                    result.summary, stats.prob_histogram, detector_norm, result.grad_norm, state
+                rate = self.controller.step_size(
+                    fraction, stats.prob_histogram.cpu(), result.group_grad_norms["boundary"], state
                 )
+                group["lr"] = self.controller.adamw_rate(rate, result.grad_norm)
 
     def _message(self, problem: str, batch: StepBatch, state: TrainState) -> str:
         own = [sample for packed in batch.micro_batches for sample in packed.sample_ids]

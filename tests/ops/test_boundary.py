@@ -230,7 +230,7 @@ def test_bf16_states_are_compared_in_fp32() -> None:
 def test_the_histogram_counts_tokens_that_have_a_predecessor() -> None:
     """Document starts have p = 1 by decree and say nothing of the threshold."""
     packing = packing_from_offsets(torch.tensor([0, 3, 6]), 6)
-    prob_T = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.5, 0.9999])
+    prob_T = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.5, 0.99999])
     histogram = probability_histogram(prob_T, packing)
     assert histogram.sum() == 4
     assert histogram[0] == 1

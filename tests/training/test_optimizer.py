@@ -8,6 +8,7 @@ import torch
 from megadlcm.config import RunConfig
 from megadlcm.model import build_model
 from megadlcm.training.optimizer import build_optimizer, parameter_groups
+from megadlcm.training.ratio_control import LINEAR_EPS
 from tests.tiny_runs import tiny_engine
 
 
@@ -71,7 +72,7 @@ def test_the_detector_takes_plain_gradient_steps_where_the_ratio_loss_alone_trai
     assert [g["mup_group"] for g in groups if g["steered"]] == ["boundary"] * steered
     for group in groups:
         if group["steered"]:  # no averages, and an eps that no gradient reaches
-            assert group["betas"] == (0.0, 0.0) and group["eps"] == 1.0
+            assert group["betas"] == (0.0, 0.0) and group["eps"] == LINEAR_EPS
 
 
 def test_a_parameter_that_the_table_does_not_know_is_an_error(

@@ -43,6 +43,7 @@ def test_every_group_moves_from_its_own_peak() -> None:
             "params": [torch.nn.Parameter(torch.zeros(1))],
             "mup_group": name,
             "steered": name == "boundary",
+            "eps": 10.0,
             "peak_learning_rate": peak,
         }
         for name, peak in (("token", 2.0), ("concept", 6.0), ("boundary", 1.0))
@@ -52,4 +53,4 @@ def test_every_group_moves_from_its_own_peak() -> None:
     for _ in range(2):  # twice: the rate is set, not multiplied again
         apply_learning_rates(optimizer, 0.5)
     # a steered group has the rate that its controller gave it and follows no schedule
-    assert learning_rates(optimizer) == {"token": 1.0, "concept": 3.0, "boundary": 7.0}
+    assert learning_rates(optimizer) == {"token": 1.0, "concept": 3.0, "boundary": 0.7}

@@ -129,3 +129,55 @@ def test_rule_mode_moves_its_threshold_after_each_step(make_run: Callable[..., R
     threshold = float(engine.model.boundary_detector.threshold)
     step.run(batch, TrainState(step=1))
     assert threshold != 0.5 and float(engine.model.boundary_detector.threshold) != threshold
+
+
+@pytest.mark.parametrize("mode", ["learned_global", "learned_local", "rule", "ema_ste", "fixed"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_bad_states_are_reported_as_such_in_every_mode(
+    make_run: Callable[..., RunConfig], mode: str, bad: float
+) -> None:
+    """Not by the first operation that cannot take them, while other ranks wait for this one."""
+    engine, step, batch = engine_after_one_step(make_run(model={"boundary_mode": mode}))
+    before = everything(engine)
+    assert isinstance(engine.model, DLCM)
+    hook = engine.model.encoder.register_forward_hook(lambda module, inputs, output: output * bad)
+    with pytest.raises(NonFiniteError, match="loss nan"):
+        step.run(batch, TrainState(step=1))
+    hook.remove()
+    after = everything(engine)
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
+def detector_after_two_steps(config: RunConfig) -> tuple[Tensor, list[float]]:
+    """How far W_q has moved, and the rates of the two steps."""
+    engine, state, rates = tiny_engine(config), TrainState(), []
+    assert isinstance(engine.model, DLCM)
+    engine.model.boundary_detector.offset.fill_(0.3)  # far from the target: both steps are large
+    loader, step = step_loader(config), TrainStep(engine, config)
+    for _ in range(2):
+        step.run(next(loader), state)
+        state.step += 1
+        rates += [g["lr"] for g in engine.optimizer.param_groups if g["steered"]]
+    loader.close()
+    moved = tensors.read_model(engine)["boundary_detector.w_q.weight"]
+    return moved - torch.eye(len(moved)), rates
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.05])
+@pytest.mark.parametrize(("zero_stage", "micro"), [(0, 4), (0, 1), (1, 2), (2, 1), (1, 4)])
+def test_the_steered_detector_moves_alike_however_the_step_is_cut_and_clipped(
+    make_run: Callable[..., RunConfig], zero_stage: int, micro: int, max_grad_norm: float
+) -> None:
+    def config(name: str, zero_stage: int, micro: int, max_grad_norm: float) -> RunConfig:
+        return make_run(
+            name,
+            parallel={"zero_stage": zero_stage},
+            training={"micro_batch_size": micro, "max_grad_norm": max_grad_norm},
+            # the other parameters would differ by what clipping does to them
+            optimizer={"learning_rate": 1e-9},
+        )
+
+    moved, rates = detector_after_two_steps(config("cut", zero_stage, micro, max_grad_norm))
+    whole, _ = detector_after_two_steps(config("whole", 0, 4, 0.0))
+    assert float((moved - whole).norm() / whole.norm()) < 1e-3
+    assert float(whole.norm()) > 0.01 and min(rates) > 0.0
