@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ def add_data_parser(subparsers: Any) -> None:
     tokenizer.add_argument(
         "--output", type=Path, required=True, metavar="FILE", help="tokenizer.json to write"
     )
+    tokenizer.add_argument("--overwrite", action="store_true", help="replace an existing file")
     tokenizer.set_defaults(func=run_tokenizer)
 
     prepare = _add(commands, "prepare", "text to WebDataset shards and an index", PREPARE_EXAMPLE)
@@ -100,33 +101,50 @@ def add_data_parser(subparsers: Any) -> None:
 def run_tokenizer(arguments: argparse.Namespace) -> int:
     """Trains a tokenizer on the documents and writes its tokenizer.json."""
     from data_pipeline.documents import ReadCounts, find_inputs, read_documents
-    from data_pipeline.output_folder import make_output_folder
-    from data_pipeline.progress import Progress
-    from data_pipeline.tokenizer import load_tokenizer, train_tokenizer
+    from data_pipeline.output_folder import make_output_folder, write_durably
+    from data_pipeline.progress import Progress, say
+    from data_pipeline.tokenizer import decode_tokenizer, train_tokenizer
 
-    if arguments.output.is_dir():
-        raise InputError(f"--output {arguments.output}: is a folder, must be a file; add its name")
-    make_output_folder(arguments.output.parent, "--output")
-    files = find_inputs(arguments.input)
+    output: Path = arguments.output
+    _check_tokenizer_file(output, arguments.overwrite)
     counts = ReadCounts()
+    files = find_inputs(arguments.input, counts)
+    make_output_folder(output.parent, "--output")
     total = sum(file.path.stat().st_size for file in files)
-    with Progress("read", total, "documents") as progress:
 
-        def texts() -> Any:
-            documents = read_documents(files, counts, skip_empty=True)
-            for number, document in enumerate(documents, start=1):
+    def texts() -> Iterator[str]:
+        number = 0
+        with Progress("read", total, "documents") as progress:
+            for number, document in enumerate(read_documents(files, counts, skip_empty=True), 1):
                 progress.update(counts.done_bytes, number)
                 yield document.text
+        if number:
+            say(f"merging to {arguments.vocab_size:,} entries; for a large corpus it takes minutes")
 
-        contents = train_tokenizer(texts(), arguments.vocab_size)
-    unfinished = arguments.output.with_name(f"{arguments.output.name}.unfinished")
-    unfinished.write_bytes(contents)
-    os.replace(unfinished, arguments.output)
-    trained = load_tokenizer(arguments.output)
-    print(f"{arguments.output}: {trained.vocab_size:,} entries, eos {trained.eos_id}")
+    contents = train_tokenizer(texts(), arguments.vocab_size)
+    write_durably(output, contents)
+    trained = decode_tokenizer(contents, output)
+    if counts.left_out:
+        print(f"left out: {counts.left_out}")
+    print(f"{output}: {trained.vocab_size:,} entries, eos {trained.eos_id}")
     if trained.vocab_size < arguments.vocab_size:
         print(f"the text gave no more than that; --vocab-size was {arguments.vocab_size:,}")
     return 0
+
+
+def _check_tokenizer_file(output: Path, overwrite: bool) -> None:
+    """Raises InputError where writing the file would take something away."""
+    from data_pipeline.index import INDEX_FILE
+
+    if output.is_dir():
+        raise InputError(f"--output {output}: is a folder, must be a file; add its name")
+    if (output.parent / INDEX_FILE).exists():
+        raise InputError(
+            f"--output {output}: {output.parent} holds finished shards, whose tokenizer must stay; "
+            "choose another folder"
+        )
+    if output.exists() and not overwrite:
+        raise InputError(f"--output {output}: exists; choose another name or pass --overwrite")
 
 
 def run_prepare(arguments: argparse.Namespace) -> int:
@@ -146,8 +164,8 @@ def run_prepare(arguments: argparse.Namespace) -> int:
     )
     index, counts = prepare(options)
     print(domain_table(index.domains))
-    if counts.skipped_empty or counts.skipped_binary:
-        print(f"left out: {counts.skipped_empty} empty, {counts.skipped_binary} binary")
+    if counts.left_out:
+        print(f"left out: {counts.left_out}")
     print(f"{options.output}: {len(index.shards):,} shards")
     return 0
 

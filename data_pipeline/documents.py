@@ -54,6 +54,8 @@ class ReadCounts:
     finished_bytes: int = 0
     skipped_empty: int = 0
     skipped_binary: int = 0
+    skipped_links: int = 0
+    """Symbolic links of source trees, to files or folders."""
     current: IO[bytes] | None = field(default=None, repr=False)
 
     @property
@@ -61,12 +63,23 @@ class ReadCounts:
         """Bytes of input consumed, as stored (compressed where the file is)."""
         return self.finished_bytes + (self.current.tell() if self.current else 0)
 
+    @property
+    def left_out(self) -> str:
+        """What was left out and how often, for people; empty where nothing was."""
+        counts = {
+            "empty": self.skipped_empty,
+            "binary": self.skipped_binary,
+            "symbolic links": self.skipped_links,
+        }
+        return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
 
-def find_inputs(patterns: Sequence[str]) -> list[InputFile]:
+
+def find_inputs(patterns: Sequence[str], counts: ReadCounts) -> list[InputFile]:
     """Returns the files of all --input patterns: patterns in their order, paths sorted in each.
 
     Args:
         patterns: file names, globs (`**` descends) or directories (source trees).
+        counts: told of the links that are left out.
 
     Raises:
         InputError: nothing matches, an unknown ending, or a file that two patterns match.
@@ -83,7 +96,7 @@ def find_inputs(patterns: Sequence[str]) -> list[InputFile]:
             path = Path(match)
             if path.is_dir():
                 if "**" not in pattern:  # `**` also yields the folders of the files it matches
-                    found += _tree_files(path)
+                    found += _tree_files(path, counts)
             elif path.name.endswith(ENDINGS):
                 found.append(InputFile(path, os.path.relpath(path, base).replace(os.sep, "/")))
             else:
@@ -118,7 +131,8 @@ def read_documents(
         skip_empty: leave out and count documents without text instead of refusing them.
 
     Raises:
-        InputError: bad UTF-8, bad JSON, no text field, or an empty document; names file and line.
+        InputError: bad UTF-8, bad JSON, no text field, a name that cannot be stored, or an empty
+            document; names file and line.
     """
     counts.total_bytes += sum(file.path.stat().st_size for file in files)
     for file in files:
@@ -132,6 +146,7 @@ def read_documents(
                 documents = _read_jsonl_file(file, raw, domain or DEFAULT_DOMAIN)
             for document in documents:
                 if document.text:
+                    _check_names(document)
                     yield document
                 elif skip_empty:
                     counts.skipped_empty += 1
@@ -149,6 +164,20 @@ def empty_document(document: TextDocument) -> InputError:
     )
 
 
+def _check_names(document: TextDocument) -> None:
+    """Raises InputError where a shard cannot hold what the record, or its file, is called."""
+    for key in ("id", "domain", "source"):
+        name: str = getattr(document, key)
+        try:
+            name.encode("utf-8")
+        except UnicodeEncodeError as error:
+            origin = document.origin.encode("utf-8", "backslashreplace").decode("utf-8")
+            raise InputError(
+                f"{origin}: {key} = {name!r}, UTF-8 cannot store its character {error.start}; "
+                "fix the record, or rename the file where it is a file's name"
+            ) from error
+
+
 def _fixed_part(pattern: str) -> str:
     """Returns the directory before the first wildcard."""
     fixed = pattern
@@ -164,20 +193,27 @@ def _opened(path: Path) -> IO[bytes]:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the file") from error
 
 
-def _tree_files(root: Path) -> list[InputFile]:
-    """Returns every file below a directory but hidden ones and byte code, sorted by path."""
+def _tree_files(root: Path, counts: ReadCounts) -> list[InputFile]:
+    """Returns every file below a directory but hidden ones, byte code and links, sorted by path.
+
+    What a link leads to is a file of the tree already, or none of it.
+    """
     relative: list[str] = []
-    for folder, folders, names in os.walk(root):
+    for folder, folders, all_names in os.walk(root):  # enters no link
         folders[:] = [name for name in folders if name[0] != "." and name != "__pycache__"]
+        names = [name for name in all_names if name[0] != "."]
         below = os.path.relpath(folder, root)
-        relative += [os.path.normpath(os.path.join(below, n)) for n in names if n[0] != "."]
+        relative += [os.path.normpath(os.path.join(below, name)) for name in names]
+        linked = [os.path.islink(os.path.join(folder, name)) for name in (*folders, *names)]
+        counts.skipped_links += sum(linked)
     shards = [name for name in relative if os.sep not in name and name.endswith(JSONL_ENDINGS)]
     if shards:
         raise InputError(
             f"--input {root}: a directory is read as a source tree, but it holds {min(shards)}; "
             f"write --input '{root}/*.jsonl*' to read its records"
         )
-    regular = [name for name in relative if (root / name).is_file()]
+    paths = [(name, root / name) for name in relative]
+    regular = [name for name, path in paths if path.is_file() and not path.is_symlink()]
     if not regular:
         raise InputError(f"--input {root}: no files in this directory; check the path")
     name = root.resolve().name
@@ -244,10 +280,10 @@ def _parse_record(line: bytes, origin: str) -> dict[str, Any]:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise _bad_utf8(origin, error.start) from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError also for too long an integer
         raise InputError(
-            f"{origin}: not JSON ({error}); every line must be an object with a `text`; "
-            "fix or remove the line"
+            f"{origin}: not JSON that can be read ({error}); every line must be an object with a "
+            "`text`; fix or remove the line"
         ) from error
     if not isinstance(record, dict):
         kind = type(record).__name__

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.documents import TextDocument
-from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+from data_pipeline.tokenizer import Tokenizer, decode_tokenizer
 
 BATCH_BYTES = 1 << 20
 BATCH_DOCUMENTS = 1024
@@ -45,9 +45,9 @@ def encode_documents(
                 yield document, np.array(ids, dtype=dtype)
         return
     # spawn: the tokenizers library keeps threads, which a fork would lose while it holds locks.
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), _start_worker, (tokenizer.path,)
-    )
+    # Contents and not only the path: the file may be gone by the time a worker starts.
+    given = (tokenizer.contents, tokenizer.path)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, given)
     waiting: deque[tuple[list[TextDocument], Future[list[np.ndarray]]]] = deque()
     try:
         for batch in _batches(documents):
@@ -81,9 +81,9 @@ def _batches(documents: Iterable[TextDocument]) -> Iterator[list[TextDocument]]:
         yield batch
 
 
-def _start_worker(path: Path) -> None:
+def _start_worker(contents: bytes, path: Path) -> None:
     global _worker_tokenizer
-    _worker_tokenizer = load_tokenizer(path)
+    _worker_tokenizer = decode_tokenizer(contents, path)
 
 
 def _encode_in_worker(texts: Sequence[str]) -> list[np.ndarray]:

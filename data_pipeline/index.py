@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_pipeline.errors import InputError
+from data_pipeline.output_folder import write_durably
 
 INDEX_FILE = "index.json"
 FORMAT = "webdataset-token-shards"
@@ -49,6 +49,10 @@ class DomainCounts(NamedTuple):
     documents: int
     tokens: int
     bytes: int
+
+    def with_document(self, num_tokens: int, num_bytes: int) -> DomainCounts:
+        """Returns the counts with one document more."""
+        return DomainCounts(self.documents + 1, self.tokens + num_tokens, self.bytes + num_bytes)
 
 
 @dataclass(frozen=True)
@@ -195,23 +199,7 @@ def write_index(index: ShardIndex) -> None:
     head = json.dumps(header, indent=2, ensure_ascii=False)
     lines = ",\n".join(json.dumps(shard._asdict()) for shard in index.shards)
     text = f'{head[:-2]},\n  "shards": [\n{lines}\n  ]\n}}\n'
-    path = index.folder / INDEX_FILE
-    unfinished = path.with_suffix(".json.unfinished")
-    with open(unfinished, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-    sync_folder(index.folder)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable, not only the contents of its files."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_durably(index.folder / INDEX_FILE, text.encode("utf-8"))
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Makes the folder that a command is to write to, or says in one line why that cannot be."""
+"""What a command leaves behind: a folder that can be written to, and files that are whole."""
 
 from __future__ import annotations
 
@@ -28,3 +28,23 @@ def make_output_folder(folder: Path, key: str) -> None:
     raise InputError(
         f"{key} {folder}: must be a folder that can be written to ({reason}); choose another one"
     )
+
+
+def write_durably(path: Path, contents: bytes) -> None:
+    """Writes a file so that it is whole or as it was before, whenever the writer is killed."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    with open(unfinished, "wb") as file:
+        file.write(contents)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable, not only the contents of its files."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -10,6 +10,11 @@ from types import TracebackType
 LINE_SECONDS = 10.0
 
 
+def say(line: str) -> None:
+    """Prints a line where progress is shown, before work that cannot tell how far it has come."""
+    print(line, file=sys.stderr, flush=True)
+
+
 class Progress:
     """Shows a share done, a rate and the time left on stderr; a context manager."""
 
@@ -20,7 +25,7 @@ class Progress:
         self._last_line = self._started
         self._update_bar: Callable[[int, str], object] | None = None
         self._stop_bar: Callable[[], object] | None = None
-        self._latest = (0, 0)
+        self._latest: tuple[int, int] | None = None
 
     def __enter__(self) -> Progress:
         """Opens the bar where stderr is a terminal."""
@@ -48,10 +53,10 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Closes the bar; a finished job says what it did."""
+        """Closes the bar; a finished job says what it did, if it did anything."""
         if self._stop_bar is not None:
             self._stop_bar()
-        if kind is None:
+        if kind is None and self._latest is not None:
             self._print_line(*self._latest)
 
     def update(self, done: int, count: int) -> None:
@@ -71,8 +76,4 @@ class Progress:
         share = done / self._total if self._total else 1.0
         elapsed = self._last_line - self._started
         left = f", {elapsed * (1 - share) / share:.0f} s left" if 0 < share < 1 else ""
-        print(
-            f"{self._title}: {share:.0%}, {self._rate(count)}, {elapsed:.0f} s{left}",
-            file=sys.stderr,
-            flush=True,
-        )
+        say(f"{self._title}: {share:.0%}, {self._rate(count)}, {elapsed:.0f} s{left}")

@@ -26,17 +26,12 @@ from data_pipeline.verify import check_folder
 
 @dataclass(frozen=True)
 class SourceSummary:
-    """What all sources of a run have in common, and how much there is."""
+    """What a run must know of its sources before it opens them."""
 
-    eos_id: int
     tokenizer: Path
     """Tokenizer file or folder the run uses."""
-    tokenizer_sha256: str
-    vocab_size: int
-    """Of the tokenizer."""
     train_tokens: int
     """Tokens of one epoch of every train source, as trained."""
-    valid_tokens: int
 
 
 class SampleReader:
@@ -153,15 +148,8 @@ def check_sources(data: DataConfig, vocab_size: int) -> SourceSummary:
             f"data.tokenizer = {data.tokenizer}: not the tokenizer {first.folder} was prepared "
             "with; leave it out to use the one kept with the shards"
         )
-    epochs = [index.num_stream_tokens for index in indexes]
-    return SourceSummary(
-        eos_id=first.eos_id,
-        tokenizer=tokenizer,
-        tokenizer_sha256=first.tokenizer_sha256,
-        vocab_size=first.vocab_size,
-        train_tokens=sum(epochs[: len(data.train)]),
-        valid_tokens=sum(epochs[len(data.train) :]),
-    )
+    train = indexes[: len(data.train)]
+    return SourceSummary(tokenizer, sum(index.num_stream_tokens for index in train))
 
 
 def _check_tokenizer(index: ShardIndex, first: ShardIndex, vocab_size: int) -> None:

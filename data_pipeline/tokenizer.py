@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -76,15 +77,27 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"tokenizer {path}: no such file, and no folder with tokenizer.json or vocab.json and "
             "merges.txt; train one with `megadlcm data tokenizer`"
         )
-    contents = file.read_bytes()
+    return decode_tokenizer(file.read_bytes(), file)
+
+
+def decode_tokenizer(contents: bytes, path: Path) -> Tokenizer:
+    """Makes the tokenizer of a tokenizer.json.
+
+    Args:
+        contents: bytes of the file.
+        path: where they come from, for messages.
+
+    Raises:
+        InputError: they are none, or have no end-of-text token.
+    """
     try:
         backend = tokenizers.Tokenizer.from_buffer(contents)
     except Exception as error:  # the library raises bare Exception
         raise InputError(
-            f"tokenizer {file}: not a tokenizer.json of the tokenizers library "
+            f"tokenizer {path}: not a tokenizer.json of the tokenizers library "
             f"({_one_line(error)}); train one with `megadlcm data tokenizer`"
         ) from error
-    return _wrap(backend, file, contents)
+    return _wrap(backend, path, contents)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
@@ -114,25 +127,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    counted = _CountedTexts(texts)
-    backend.train_from_iterator(counted, trainer)
-    if counted.num_texts == 0:
+    texts = iter(texts)
+    first = next(texts, None)
+    if first is None:
         raise InputError("--input: no documents to train on; check the pattern")
+    backend.train_from_iterator(chain([first], texts), trainer)
     contents: bytes = backend.to_str(pretty=True).encode("utf-8")
     return contents
-
-
-class _CountedTexts:
-    """Passes texts on and remembers how many there were."""
-
-    def __init__(self, texts: Iterable[str]) -> None:
-        self.num_texts = 0
-        self._texts = texts
-
-    def __iter__(self) -> Iterator[str]:
-        for text in self._texts:
-            self.num_texts += 1
-            yield text
 
 
 def _from_vocabulary(vocab: Path, merges: Path) -> tokenizers.Tokenizer:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,7 +13,8 @@ from io import BytesIO
 import numpy as np
 
 from data_pipeline.errors import InputError
-from data_pipeline.index import Shard, ShardIndex
+from data_pipeline.index import DomainCounts, Shard, ShardIndex
+from data_pipeline.progress import Progress
 from data_pipeline.records import (
     BLOCK_BYTES,
     DocumentTable,
@@ -22,7 +22,7 @@ from data_pipeline.records import (
     decode_table,
     is_tar_header,
 )
-from data_pipeline.tokenizer import TOKENIZER_FILE
+from data_pipeline.tokenizer import TOKENIZER_FILE, decode_tokenizer
 
 CHECK_THREADS = 32  # a check waits for the file system, not for the processor
 HASH_BYTES = 1 << 22
@@ -70,31 +70,62 @@ def verify_folder(index: ShardIndex) -> Iterator[str]:
     """Yields every problem of a shard folder, reading each byte of it.
 
     Checks the tokenizer, each shard's size and sha256, that each record can be read the way
-    webdataset does and is the one its document table tells of, the counts, and that no shard lies
-    beside those the index lists.
+    webdataset does and is the one its document table tells of, the counts of shards and domains,
+    and that no shard lies beside those the index lists. Shows its progress.
     """
-    kept = index.folder / TOKENIZER_FILE
-    if not kept.is_file():
-        yield f"{kept}: missing"
-    elif hashlib.sha256(kept.read_bytes()).hexdigest() != index.tokenizer_sha256:
-        yield f"{kept}: sha256 differs from the index"
-    domains: Counter[str] = Counter()
-    for shard in index.shards:
-        problem = shard_problem(index, shard)
-        if problem:
-            yield problem
-        else:
-            yield from _shard_problems(index, shard, domains)
-    counted = {name: counts.documents for name, counts in index.domains.items()}
-    if domains != counted:
-        yield f"{index.folder}: documents by domain are {dict(domains)}, the index says {counted}"
+    yield from _tokenizer_problems(index)
+    domains = dict.fromkeys(index.domains, DomainCounts(0, 0, 0))
+    done = 0
+    with Progress("verify", sum(shard.tar_bytes for shard in index.shards), "bytes") as progress:
+        for shard in index.shards:
+            problem = shard_problem(index, shard)
+            if problem:
+                yield problem
+            else:
+                yield from _shard_problems(index, shard, domains, progress, done)
+            done += shard.tar_bytes
+            progress.update(done, done)
+    for name, counts in index.domains.items():
+        if domains[name] != counts:
+            found = tuple(domains[name])
+            yield (
+                f"{index.folder}: domain {name}: documents, tokens, bytes {found} differ from the "
+                f"index, {tuple(counts)}"
+            )
     listed = {shard.name for shard in index.shards}
     for path in sorted(index.folder.glob("shard-*.tar")):
         if path.stem not in listed:
             yield f"{path}: not in the index"
 
 
-def _shard_problems(index: ShardIndex, shard: Shard, domains: Counter[str]) -> Iterator[str]:
+def _tokenizer_problems(index: ShardIndex) -> Iterator[str]:
+    """Yields what is wrong with the tokenizer kept with the shards."""
+    kept = index.folder / TOKENIZER_FILE
+    if not kept.is_file():
+        yield f"{kept}: missing"
+        return
+    contents = kept.read_bytes()
+    if hashlib.sha256(contents).hexdigest() != index.tokenizer_sha256:
+        yield f"{kept}: sha256 differs from the index"
+        return
+    try:
+        tokenizer = decode_tokenizer(contents, kept)
+    except InputError as error:
+        yield str(error)
+        return
+    for key in ("vocab_size", "eos_id"):
+        found, listed = getattr(tokenizer, key), getattr(index, key)
+        if found != listed:
+            yield f"{kept}: {key} = {found}, the index says {listed}"
+
+
+def _shard_problems(
+    index: ShardIndex,
+    shard: Shard,
+    domains: dict[str, DomainCounts],
+    progress: Progress,
+    earlier_bytes: int,
+) -> Iterator[str]:
     """Yields the problems of a shard whose files are there in full size; counts its domains."""
     path, table_path = index.tar_path(shard), index.table_path(shard)
     if _file_sha256(index, shard) != shard.tar_sha256:
@@ -112,9 +143,14 @@ def _shard_problems(index: ShardIndex, shard: Shard, domains: Counter[str]) -> I
     try:
         with tarfile.open(path, "r:") as tar:
             for number, row in enumerate(table.rows):
-                domains[names[row["domain"]]] += 1
+                name = names[row["domain"]]
+                domains[name] = domains[name].with_document(
+                    int(row["num_tokens"]), int(row["num_bytes"])
+                )
                 for what in _record_problems(index, tar, table, number):
                     yield f"{path}: document {number}: {what}"
+                done = earlier_bytes + int(row["record_offset"])
+                progress.update(done, done)
             if tar.next() is not None:
                 yield f"{path}: more records than the {len(table.rows)} of the document table"
     except (tarfile.TarError, OSError, EOFError, IndexError) as error:

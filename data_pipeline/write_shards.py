@@ -1,7 +1,8 @@
 """Documents to a shard folder: tar shards, their document tables, tokenizer.json, index.json last.
 
 The same documents and options give the same bytes. A folder without index.json is unfinished,
-whatever else it holds.
+whatever else it holds. Everything is written to a subfolder and moved up when all of it is there:
+what the folder held before outlives a prepare that fails.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from dataclasses import dataclass, field
+import shutil
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,11 +28,12 @@ from data_pipeline.documents import (
 from data_pipeline.encode import encode_documents, token_dtype
 from data_pipeline.errors import InputError
 from data_pipeline.index import INDEX_FILE, DomainCounts, Shard, ShardIndex, write_index
-from data_pipeline.output_folder import make_output_folder
+from data_pipeline.output_folder import make_output_folder, sync_folder, write_durably
 from data_pipeline.progress import Progress
 from data_pipeline.records import DOCUMENT_DTYPE, archive_end, encode_record, encode_table
 from data_pipeline.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
+UNFINISHED_FOLDER = ".unfinished"
 OUR_FILES = re.compile(r"shard-\d{6,}\.(tar|documents\.npy)|tokenizer\.json|index\.json.*")
 
 
@@ -52,7 +56,7 @@ class PrepareOptions:
     skip_empty: bool = False
     """Leave out and count documents without tokens instead of refusing them."""
     overwrite: bool = False
-    """Replace a finished shard folder."""
+    """Replace a finished shard folder, or another tokenizer.json in an unfinished one."""
 
 
 def prepare(options: PrepareOptions) -> tuple[ShardIndex, ReadCounts]:
@@ -66,46 +70,47 @@ def prepare(options: PrepareOptions) -> tuple[ShardIndex, ReadCounts]:
         if value < 1:
             raise InputError(f"--{name.replace('_', '-')} {value}: must be >= 1; give a count")
     tokenizer = load_tokenizer(options.tokenizer)
-    files = find_inputs(options.inputs)
-    _clear_folder(options.output, options.overwrite)
     counts = ReadCounts()
+    files = find_inputs(options.inputs, counts)
+    _check_output(options, tokenizer)
+    make_output_folder(options.output, "--output")
     documents = read_documents(files, counts, options.domain, options.skip_empty)
-    writer = ShardFolderWriter(options.output, tokenizer, options.shard_tokens)
     total = sum(file.path.stat().st_size for file in files)
-    with Progress("prepare", total, "tokens") as progress:
-        try:
-            for document, tokens in encode_documents(documents, tokenizer, options.workers):
-                if len(tokens) == 0 and options.skip_empty:
-                    counts.skipped_empty += 1
-                    continue
-                writer.add(document, tokens)
-                progress.update(counts.done_bytes, writer.num_tokens)
-        except BaseException:
-            writer.abandon()
-            raise
+    with (
+        closing(ShardFolderWriter(options.output, tokenizer, options.shard_tokens)) as writer,
+        Progress("prepare", total, "tokens") as progress,
+    ):
+        for document, tokens in encode_documents(documents, tokenizer, options.workers):
+            if len(tokens) == 0 and options.skip_empty:
+                counts.skipped_empty += 1
+                continue
+            writer.add(document, tokens)
+            progress.update(counts.done_bytes, writer.num_tokens)
         if writer.num_documents == 0:
             raise InputError(
                 f"--input {' '.join(options.inputs)}: no documents in {len(files)} files "
-                f"({counts.skipped_empty} empty, {counts.skipped_binary} binary); check the pattern"
+                f"({counts.left_out or 'nothing left out'}); check the pattern"
             )
         progress.update(total, writer.num_tokens)
-    return writer.finish(), counts
+        return writer.finish(), counts
 
 
-def _clear_folder(output: Path, overwrite: bool) -> None:
-    """Makes the folder ready; the index goes first, so that it never covers half a folder."""
+def _check_output(options: PrepareOptions, tokenizer: Tokenizer) -> None:
+    """Raises InputError where the folder holds what only --overwrite may replace."""
+    output, kept = options.output, options.output / TOKENIZER_FILE
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output}: is a file, must be a folder; choose another name")
-    index = output / INDEX_FILE
-    if index.exists() and not overwrite:
+    if options.overwrite:
+        return
+    if (output / INDEX_FILE).exists():
         raise InputError(
             f"--output {output}: holds finished shards; choose another folder or pass --overwrite"
         )
-    make_output_folder(output, "--output")
-    index.unlink(missing_ok=True)
-    for path in sorted(output.iterdir()):
-        if OUR_FILES.fullmatch(path.name):
-            path.unlink()
+    if kept.is_file() and kept.read_bytes() != tokenizer.contents:
+        raise InputError(
+            f"--output {output}: holds another {TOKENIZER_FILE} than --tokenizer "
+            f"{options.tokenizer}; choose another folder or pass --overwrite"
+        )
 
 
 @dataclass
@@ -128,13 +133,14 @@ class _OpenShard:
 
 
 class ShardFolderWriter:
-    """Writes documents to a folder, shard after shard; finish() makes it a shard folder."""
+    """Writes documents to a subfolder, shard after shard; finish() makes them a shard folder."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, shard_tokens: int) -> None:
-        """Writes into an existing folder that holds no shards."""
+        """Clears what a killed writer left; the rest of the folder stays as it is till finish()."""
         self.num_documents = 0
         self.num_tokens = 0
         self._folder = folder
+        self._unfinished = folder / UNFINISHED_FOLDER
         self._tokenizer = tokenizer
         self._shard_tokens = shard_tokens
         self._dtype = token_dtype(tokenizer.vocab_size)
@@ -142,6 +148,9 @@ class ShardFolderWriter:
         self._domains: dict[str, DomainCounts] = {}
         self._shards: list[Shard] = []
         self._open: _OpenShard | None = None
+        if self._unfinished.exists():
+            shutil.rmtree(self._unfinished)
+        self._unfinished.mkdir(parents=True)
 
     def add(self, document: TextDocument, tokens: np.ndarray) -> None:
         """Writes one document.
@@ -184,19 +193,15 @@ class ShardFolderWriter:
         self.num_documents += 1
         self.num_tokens += len(tokens)
         self._max_token_id = max(self._max_token_id, int(tokens.max()))
-        self._domains[document.domain] = DomainCounts(
-            earlier.documents + 1,
-            earlier.tokens + len(tokens),
-            earlier.bytes + document.num_bytes,
-        )
+        self._domains[document.domain] = earlier.with_document(len(tokens), document.num_bytes)
 
     def finish(self) -> ShardIndex:
-        """Closes the last shard, stores the tokenizer, and writes the index."""
+        """Adds tokenizer and index to the shards and puts all in the place of what was there."""
         if self._open:
             self._close_shard()
-        _write_durably(self._folder / TOKENIZER_FILE, self._tokenizer.contents)
+        write_durably(self._unfinished / TOKENIZER_FILE, self._tokenizer.contents)
         index = ShardIndex(
-            folder=self._folder,
+            folder=self._unfinished,
             shards=tuple(self._shards),
             domains=self._domains,
             tokenizer_sha256=self._tokenizer.sha256,
@@ -206,17 +211,35 @@ class ShardFolderWriter:
             token_dtype=self._dtype.name,
         )
         write_index(index)
-        return index
+        self._publish()
+        return replace(index, folder=self._folder)
 
-    def abandon(self) -> None:
-        """Closes the file of a shard that will not be finished."""
+    def close(self) -> None:
+        """Removes what is unfinished; after finish() that is nothing."""
         if self._open:
             self._open.file.close()
             self._open = None
+        if self._unfinished.exists():
+            shutil.rmtree(self._unfinished)
+
+    def _publish(self) -> None:
+        """Moves the files up; the old index goes first and the new one comes last."""
+        (self._folder / INDEX_FILE).unlink(missing_ok=True)
+        sync_folder(self._folder)
+        names = {path.name for path in self._unfinished.iterdir()} - {INDEX_FILE}
+        for path in sorted(self._folder.iterdir()):
+            if OUR_FILES.fullmatch(path.name) and path.name not in names:
+                path.unlink()
+        for name in sorted(names):
+            os.replace(self._unfinished / name, self._folder / name)
+        sync_folder(self._folder)
+        os.replace(self._unfinished / INDEX_FILE, self._folder / INDEX_FILE)
+        self._unfinished.rmdir()
+        sync_folder(self._folder)
 
     def _new_shard(self) -> _OpenShard:
         name = f"shard-{len(self._shards):06d}"
-        self._open = _OpenShard(name, open(self._folder / f"{name}.tar", "wb"))  # noqa: SIM115
+        self._open = _OpenShard(name, open(self._unfinished / f"{name}.tar", "wb"))  # noqa: SIM115
         return self._open
 
     def _close_shard(self) -> None:
@@ -229,7 +252,7 @@ class ShardFolderWriter:
         shard.file.close()
         rows = np.array(shard.rows, dtype=DOCUMENT_DTYPE)
         table = encode_table(rows, np.concatenate(shard.checksums))
-        _write_durably(self._folder / f"{shard.name}.documents.npy", table)
+        write_durably(self._unfinished / f"{shard.name}.documents.npy", table)
         self._shards.append(
             Shard(
                 name=shard.name,
@@ -243,10 +266,3 @@ class ShardFolderWriter:
             )
         )
         self._open = None
-
-
-def _write_durably(path: Path, contents: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(contents)
-        file.flush()
-        os.fsync(file.fileno())

@@ -72,11 +72,11 @@ def _source_files(max_bytes: int) -> Iterator[tuple[str, str]]:
             continue
         try:
             text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
+        except (OSError, UnicodeDecodeError):  # OSError: a link that leads nowhere
             continue
         if text.strip():
             yield relative.as_posix(), text
-            total += len(text)
+            total += len(text.encode("utf-8"))
         if total > max_bytes:
             return
 

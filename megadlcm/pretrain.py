@@ -20,7 +20,7 @@ from data_pipeline.samples import SourceSummary, check_sources
 from data_pipeline.tokenizer import load_tokenizer
 from megadlcm.config import RunConfig
 from megadlcm.model import build_model
-from megadlcm.ops.attention import choose_backend
+from megadlcm.model.language_model import attention_backend
 from megadlcm.parallel.mesh import (
     ParallelMesh,
     choose_device,
@@ -53,14 +53,14 @@ def run(config: RunConfig) -> int:
         InputError: the config, the data or the launcher's environment is wrong.
     """
     # before a process group or a run folder exists
-    check_training_sources(config)
+    sources = check_training_sources(config)
     check_launch(config)
     make_output_folder(Path(config.output_dir), "output_dir =")
     mesh = join_process_group()
     handler = configure_logging(config, mesh)
     try:
         with open_trainer(config, mesh) as trainer:
-            _announce(trainer)
+            _announce(trainer, sources.train_tokens)
             trainer.fit()
         return 0
     except NonFiniteError as error:
@@ -122,7 +122,7 @@ def open_trainer(config: RunConfig, mesh: ParallelMesh) -> Iterator[Trainer]:
         yield Trainer(engine, config, state, data, metrics)
 
 
-def _announce(trainer: Trainer) -> None:
+def _announce(trainer: Trainer, epoch_tokens: int) -> None:
     config, mesh, step = trainer.config, trainer.engine.mesh, trainer.state.step
     model = trainer.engine.model
     start = f"from step {step}" if step else "from scratch"
@@ -130,6 +130,10 @@ def _announce(trainer: Trainer) -> None:
         f"{config.name}: {trainer.engine.num_parameters / 1e6:.2f}M parameters, {mesh.world_size} "
         f"process(es) on {mesh.device.type}, attention back-end {model.backend()}, "
         f"{start} to step {trainer.train_steps}, run folder {config.output_dir}"
+    )
+    epochs = config.total_steps * config.step_tokens / epoch_tokens
+    trainer.progress.say(
+        f"training data: {epoch_tokens:,} tokens an epoch, {epochs:,.2f} epochs in the whole run"
     )
     if step >= trainer.train_steps:
         trainer.progress.say("nothing is left to train; raise training.train_steps to go on")
@@ -142,7 +146,7 @@ def check_training_sources(config: RunConfig) -> SourceSummary:
         config: the run.
 
     Returns:
-        What the sources agree on.
+        Their tokenizer, and how much there is to train on.
 
     Raises:
         InputError: no training source, or one that is missing, damaged or unfit for the model.
@@ -170,7 +174,7 @@ def check_launch(config: RunConfig) -> None:
     device = choose_device(launch.local_rank)
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     try:
-        choose_backend(config.model.attention_backend, device, dtype)
+        attention_backend(config.model, device, dtype)
     except ValueError as error:
         raise InputError(str(error)) from error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.documents import TextDocument
 from data_pipeline.index import ShardIndex
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer import decode_tokenizer
 from data_pipeline.write_shards import ShardFolderWriter
 
 TEXTS = [
@@ -43,12 +42,10 @@ def numbered_documents(lengths: Sequence[int]) -> list[np.ndarray]:
 
 def write_numbered_folder(folder: Path, lengths: Sequence[int], shard_tokens: int) -> ShardIndex:
     """Writes numbered documents called "0", "1", ... as a shard folder."""
-    contents = b"numbers"
-    numbers: Any = None
-    digest = hashlib.sha256(contents).hexdigest()
-    tokenizer = Tokenizer(folder, contents, digest, NUMBERED_VOCAB, EOS, numbers)
-    folder.mkdir(parents=True, exist_ok=True)
-    writer = ShardFolderWriter(folder, tokenizer, shard_tokens)
+    vocab = {"<|endoftext|>": EOS, "the largest": NUMBERED_VOCAB - 1}
+    model = {"type": "BPE", "vocab": vocab, "merges": []}
+    contents = json.dumps({"added_tokens": [], "model": model}).encode()
+    writer = ShardFolderWriter(folder, decode_tokenizer(contents, folder), shard_tokens)
     for number, tokens in enumerate(numbered_documents(lengths)):
         name = str(number)
         writer.add(TextDocument(name, "numbers", "test", "", len(tokens), name), tokens)

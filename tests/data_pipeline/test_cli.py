@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from data_pipeline import read_index
 from data_pipeline.cli import add_data_parser
 from data_pipeline.errors import InputError
 from data_pipeline.tokenizer import load_tokenizer
-from tests.tiny_shards import TEXTS, write_jsonl
+from tests.tiny_shards import TEXTS, one_line, write_jsonl
 
 
 def run(*words: str | Path) -> int:
@@ -46,7 +48,10 @@ def test_from_text_to_verified_shards(tmp_path: Path, capsys: pytest.CaptureFixt
     assert run("inspect", folder) == 0
     assert index.tokenizer_sha256 in capsys.readouterr().out
     assert run("verify", folder) == 0
-    assert "all as written" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "all as written" in captured.out
+    tar_bytes = sum(shard.tar_bytes for shard in index.shards)
+    assert f"verify: 100%, {tar_bytes:,} bytes" in captured.err
     tar = folder / "shard-000000.tar"
     contents = bytearray(tar.read_bytes())
     contents[600] ^= 1
@@ -63,6 +68,93 @@ def test_a_small_corpus_says_that_its_vocabulary_is_small(
     output = tmp_path / "new" / "tokenizer.json"
     assert run("tokenizer", "--input", source, "--vocab-size", "5000", "--output", output) == 0
     assert "no more than that" in capsys.readouterr().out
+
+
+def test_verify_shows_how_far_it_is_inside_a_long_shard(
+    make_shards: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A line each time, here that is at every document; none goes back."""
+    folder = make_shards()
+    assert len(read_index(folder).shards) == 1
+    capsys.readouterr()
+    monkeypatch.setattr("data_pipeline.progress.LINE_SECONDS", 0.0)
+    assert run("verify", folder) == 0
+    shares = re.findall(r"^verify: (\d+)%", capsys.readouterr().err, re.MULTILINE)
+    assert len(shares) >= len(TEXTS) and len(set(shares)) > 2
+    assert [int(share) for share in shares] == sorted(int(share) for share in shares)
+
+
+def test_a_tokenizer_says_that_it_has_read_all_before_it_merges(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Merging can take minutes, in which nothing else is said."""
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    words = ("--input", source, "--vocab-size", "280", "--output", tmp_path / "t.json")
+    assert run("tokenizer", *words) == 0
+    read, merging = capsys.readouterr().err.splitlines()
+    assert read.startswith(f"read: 100%, {len(TEXTS)} documents")
+    assert merging.startswith("merging to 280 entries")
+
+
+def test_links_that_were_left_out_are_reported(
+    tmp_path: Path, tokenizer_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By both commands that read text."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "a.py").write_text("print(1)\n")
+    (tree / "b.py").symlink_to("a.py")
+    options = ("--input", tree, "--output")
+    assert run("tokenizer", *options, tmp_path / "t.json", "--vocab-size", "280") == 0
+    assert "left out: 1 symbolic links\n" in capsys.readouterr().out
+    assert run("prepare", *options, tmp_path / "shards", "--tokenizer", tokenizer_file) == 0
+    assert "left out: 1 symbolic links\n" in capsys.readouterr().out
+    assert read_index(tmp_path / "shards").num_documents == 1
+
+
+def test_a_tokenizer_replaces_a_file_only_on_request(
+    tmp_path: Path, make_shards: Callable[..., Path]
+) -> None:
+    """That of finished shards not even then: nothing could read them any more."""
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    options: Sequence[str | Path] = ("--input", source, "--vocab-size", "280", "--output")
+    output = tmp_path / "t.json"
+    output.write_text("mine")
+    with pytest.raises(InputError, match=r"t\.json: exists.*--overwrite") as error:
+        run("tokenizer", *options, output)
+    one_line(error)
+    assert output.read_text() == "mine"
+    assert run("tokenizer", *options, output, "--overwrite") == 0
+    assert load_tokenizer(output).vocab_size == 280
+    folder = make_shards()
+    before = (folder / "tokenizer.json").read_bytes()
+    for name in ("tokenizer.json", "other.json"):
+        with pytest.raises(InputError, match="holds finished shards") as error:
+            run("tokenizer", *options, folder / name, "--overwrite")
+        one_line(error)
+    assert (folder / "tokenizer.json").read_bytes() == before
+    assert not (folder / "other.json").exists()
+
+
+def test_a_tokenizer_is_durable_when_the_command_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its contents and its name: training one again may take hours."""
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    synced: list[int] = []
+    fsync = os.fsync
+
+    def counted(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.append(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", counted)
+    output = tmp_path / "new" / "t.json"
+    assert run("tokenizer", "--input", source, "--vocab-size", "280", "--output", output) == 0
+    assert synced == [output.stat().st_ino, output.parent.stat().st_ino]
+    assert [path.name for path in output.parent.iterdir()] == ["t.json"]
 
 
 @pytest.mark.parametrize("command", ["tokenizer", "prepare", "inspect", "verify"])
@@ -82,5 +174,7 @@ def test_wrong_input_raises_the_error_the_command_line_prints(tmp_path: Path) ->
         run("inspect", tmp_path / "absent")
     with pytest.raises(InputError, match="does not exist"):
         run("verify", tmp_path / "absent")
+    output = tmp_path / "new" / "t.json"
     with pytest.raises(InputError, match="matches no file"):
-        run("tokenizer", "--input", tmp_path / "*.txt", "--vocab-size", "300", "--output", "x")
+        run("tokenizer", "--input", tmp_path / "*.txt", "--vocab-size", "300", "--output", output)
+    assert not output.parent.exists()

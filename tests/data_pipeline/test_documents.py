@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,16 @@ from tests.tiny_shards import TEXTS, one_line, write_jsonl
 
 def read(*patterns: Path | str, **options: object) -> list[TextDocument]:
     """Reads all documents of the patterns."""
-    files = find_inputs([str(pattern) for pattern in patterns])
-    return list(read_documents(files, ReadCounts(), **options))
+    return read_and_count(*patterns, **options)[0]
+
+
+def read_and_count(
+    *patterns: Path | str, **options: object
+) -> tuple[list[TextDocument], ReadCounts]:
+    """Reads all documents of the patterns, and says what was left out."""
+    counts = ReadCounts()
+    files = find_inputs([str(pattern) for pattern in patterns], counts)
+    return list(read_documents(files, counts, **options)), counts
 
 
 def test_plain_gzip_and_zstd_lines_are_the_same_documents(tmp_path: Path) -> None:
@@ -70,13 +79,60 @@ def test_a_directory_is_a_source_tree(tmp_path: Path) -> None:
         (root / name).write_text(f"# {name}\n")
     (root / "nul.bin").write_bytes(b"a\0b")
     (root / "latin.txt").write_bytes(b"caf\xe9")
-    counts = ReadCounts()
-    found = list(read_documents(find_inputs([str(root)]), counts))
+    found, counts = read_and_count(root)
     assert [d.id for d in found] == ["project/pack/a.py", "project/z.py"]
     assert {(d.domain, d.source) for d in found} == {("code", "project")}
     assert counts.skipped_binary == 2
     assert counts.done_bytes == counts.total_bytes
     assert {d.domain for d in read(root, domain="python")} == {"python"}
+
+
+def test_links_of_a_source_tree_are_left_out_and_counted(tmp_path: Path) -> None:
+    """To a file of the tree, a folder of it, a file elsewhere, nowhere; hidden ones are not met."""
+    root = tmp_path / "project"
+    (root / "pack").mkdir(parents=True)
+    (root / "pack" / "a.py").write_text("# a\n")
+    (tmp_path / "elsewhere.py").write_text("# elsewhere\n")
+    for link, target in {
+        "again.py": "pack/a.py",
+        "folder": "pack",
+        "pack/up": "..",
+        "other.py": "../elsewhere.py",
+        "broken.py": "absent.py",
+        ".hidden.py": "pack/a.py",
+    }.items():
+        (root / link).symlink_to(target)
+    found, counts = read_and_count(root)
+    assert [d.id for d in found] == ["project/pack/a.py"]
+    assert counts.left_out == "5 symbolic links"
+    # a link that was asked for by name is the file it leads to
+    assert [d.text for d in read(link_to(root, tmp_path / "link"))] == ["# a\n"]
+    with pytest.raises(InputError, match="matched twice"):
+        find_inputs([str(root), str(tmp_path / "link")], ReadCounts())
+
+
+def link_to(target: Path, link: Path) -> Path:
+    """Makes a link and returns it."""
+    link.symlink_to(target)
+    return link
+
+
+def test_a_name_that_is_not_utf8_is_named_with_its_file(tmp_path: Path) -> None:
+    """Of a file in a source tree, of a .txt file; a binary file of that name is left out as any."""
+    root = tmp_path / "project"
+    root.mkdir()
+    (root / "a.py").write_text("# a\n")
+    bad = Path(os.fsdecode(os.fsencode(root) + b"/caf\xe9.txt"))
+    try:
+        bad.write_bytes(b"a\0b")
+    except OSError:
+        pytest.skip("this file system has no names but UTF-8; run on Linux")
+    assert [d.id for d in read(root)] == ["project/a.py"]
+    bad.write_text("coffee")
+    for pattern in (root, root / "*.txt"):
+        with pytest.raises(InputError, match=r"caf\\udce9\.txt.*rename the file") as error:
+            read(pattern)
+        one_line(error).encode("utf-8")
 
 
 def test_empty_documents_are_refused_or_counted(tmp_path: Path) -> None:
@@ -85,8 +141,7 @@ def test_empty_documents_are_refused_or_counted(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"a\.jsonl:2: .*empty.*--skip-empty") as error:
         read(path)
     one_line(error)
-    counts = ReadCounts()
-    kept = list(read_documents(find_inputs([str(path)]), counts, skip_empty=True))
+    kept, counts = read_and_count(path, skip_empty=True)
     assert [d.text for d in kept] == ["one", "three"]
     assert counts.skipped_empty == 1
 
@@ -101,6 +156,10 @@ def test_empty_documents_are_refused_or_counted(tmp_path: Path) -> None:
         (b'{"text": 5}', r"text = '5'"),
         (b'{"text": "\\ud800"}', "half a surrogate pair"),
         (b"[" * 100_000, "not JSON"),
+        (b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "not JSON that can be read.*5000 digits"),
+        (b'{"text": "a", "id": "\\ud800"}', r"id = '\\ud800', UTF-8 cannot store.*fix the record"),
+        (b'{"text": "a", "domain": "x\\udfff"}', r"domain = 'x\\udfff'.*its character 1"),
+        (b'{"text": "a", "source": "\\ud800"}', r"source = '\\ud800'"),
     ],
 )
 def test_a_bad_line_is_named(line: bytes, message: str, tmp_path: Path) -> None:
@@ -141,5 +200,5 @@ def test_patterns_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
         ([tmp_path / "none"], "no files in this directory"),
     ]:
         with pytest.raises(InputError, match=message) as error:
-            find_inputs([str(pattern) for pattern in patterns])
+            find_inputs([str(pattern) for pattern in patterns], ReadCounts())
         one_line(error)

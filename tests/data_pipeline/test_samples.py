@@ -250,16 +250,14 @@ def test_held_out_samples_come_from_the_valid_sources(make_numbered: MakeNumbere
         open_samples(data, start=-1)
 
 
-def test_the_summary_counts_both_splits(make_numbered: MakeNumbered) -> None:
-    """Tokens as trained: each document brings one more than its text."""
+def test_the_summary_counts_the_tokens_of_an_epoch(make_numbered: MakeNumbered) -> None:
+    """As trained: each document brings one more than its text; what is held out is not trained."""
     numbered = make_numbered([3, 4], name="one")
     with pytest.raises(InputError, match="tokenizer"):
         check_sources(config_of(numbered, tokenizer="/nowhere"), NUMBERED_VOCAB)
-    summary = check_sources(
-        DataConfig(train=(numbered,), valid=(make_numbered([9], name="two"),)), NUMBERED_VOCAB
-    )
-    assert (summary.train_tokens, summary.valid_tokens, summary.eos_id) == (9, 10, EOS)
-    assert summary.vocab_size == NUMBERED_VOCAB
+    train = (numbered, make_numbered([5], name="two", weight=3.0))
+    data = DataConfig(train=train, valid=(make_numbered([9], name="three"),))
+    assert check_sources(data, NUMBERED_VOCAB).train_tokens == 4 + 5 + 6
 
 
 def test_sources_that_do_not_fit_the_run_are_named(

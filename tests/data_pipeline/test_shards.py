@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -107,6 +108,49 @@ def test_any_damage_is_found_by_reading_and_by_verify(kind: str, source: SourceC
     )
     problems = list(verify_folder(read_index(source.path)))
     assert any(path.name in problem for problem in problems)
+
+
+@pytest.mark.parametrize("key", ["documents", "tokens", "bytes"])
+def test_counts_credited_to_another_domain_are_found_by_verify(
+    key: str, make_shards: Callable[..., Path]
+) -> None:
+    """The sums agree, so that nothing else finds it; bits per byte of a domain would be wrong."""
+    folder = make_shards()
+    assert not list(verify_folder(read_index(folder)))
+    contents = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    contents["domains"]["a"][key] -= 1
+    contents["domains"]["b"][key] += 1
+    (folder / "index.json").write_text(json.dumps(contents), encoding="utf-8")
+    problems = list(verify_folder(read_index(folder)))
+    assert [problem.split(": ")[1] for problem in problems] == ["domain a", "domain b"]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"vocab_size": 301}, "vocab_size = 300, the index says 301"),
+        ({"eos_id": 5}, "eos_id = 0, the index says 5"),
+    ],
+)
+def test_an_index_that_contradicts_its_tokenizer_is_found_by_verify(
+    change: dict[str, int], problem: str, make_shards: Callable[..., Path]
+) -> None:
+    """Documents would be opened with a token that is not the end of a text."""
+    folder = make_shards()
+    contents = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    (folder / "index.json").write_text(json.dumps(contents | change), encoding="utf-8")
+    assert list(verify_folder(read_index(folder))) == [f"{folder / 'tokenizer.json'}: {problem}"]
+
+
+def test_a_kept_tokenizer_that_is_none_is_found_by_verify(make_shards: Callable[..., Path]) -> None:
+    """Although its digest is the one of the index."""
+    folder = make_shards()
+    (folder / "tokenizer.json").write_bytes(b"{}")
+    contents = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    contents["tokenizer_sha256"] = hashlib.sha256(b"{}").hexdigest()
+    (folder / "index.json").write_text(json.dumps(contents), encoding="utf-8")
+    problems = list(verify_folder(read_index(folder)))
+    assert len(problems) == 1 and "not a tokenizer.json" in problems[0]
 
 
 def test_verify_reports_every_problem(source: SourceConfig) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import signal
 import subprocess
 import sys
 import tarfile
@@ -22,7 +21,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.shards import open_documents
 from data_pipeline.tokenizer import load_tokenizer
 from data_pipeline.write_shards import PrepareOptions, ShardFolderWriter, prepare
-from tests.tiny_shards import TEXTS, config_of, one_line, write_jsonl
+from tests.tiny_shards import TEXTS, config_of, one_line
 
 MakeShards = Callable[..., Path]
 
@@ -122,60 +121,6 @@ def test_large_vocabularies_are_stored_in_32_bits(tmp_path: Path, tokenizer_file
     assert sample.labels_T.tolist() == [*tokens.tolist(), tokenizer.eos_id]
 
 
-def test_finished_shards_are_replaced_only_on_request(make_shards: MakeShards) -> None:
-    """And then leave nothing of the earlier ones behind."""
-    folder = make_shards(shard_tokens=20)
-    before = contents(folder)
-    with pytest.raises(InputError, match=r"holds finished shards.*--overwrite") as error:
-        make_shards()
-    one_line(error)
-    assert contents(folder) == before
-    make_shards(overwrite=True)
-    assert len(contents(folder)) < len(before)
-    assert len(read_index(folder).shards) == len(list(folder.glob("*.tar")))
-
-
-def test_a_failed_prepare_leaves_no_index(
-    make_shards: MakeShards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An error in the last document: the folder is not taken for a finished one, then is."""
-    monkeypatch.setattr("data_pipeline.encode.BATCH_DOCUMENTS", 1)
-    with pytest.raises(InputError, match="empty"):
-        make_shards(texts=[*TEXTS, ""], shard_tokens=20)
-    folder = tmp_path / "shards"
-    assert list(folder.glob("*.tar")) and not (folder / "index.json").exists()
-    with pytest.raises(InputError, match=r"no index\.json"):
-        read_index(folder)
-    make_shards(texts=[*TEXTS, ""], shard_tokens=20, skip_empty=True)
-    assert read_index(folder).num_documents == len(TEXTS)
-
-
-def test_a_killed_prepare_leaves_no_index(tokenizer_file: Path, tmp_path: Path) -> None:
-    """SIGKILL once the first shard is there, mid-input; another run then finishes the folder."""
-    source = write_jsonl(tmp_path / "a.jsonl", TEXTS * 20)
-    code = (
-        "import os, signal, sys; from pathlib import Path\n"
-        "from data_pipeline import write_shards\n"
-        "sound = write_shards.ShardFolderWriter._close_shard\n"
-        "def close(self):\n"
-        "    sound(self)\n"
-        "    if len(self._shards) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "write_shards.ShardFolderWriter._close_shard = close\n"
-        "write_shards.prepare(write_shards.PrepareOptions(\n"
-        "    (sys.argv[1],), Path(sys.argv[2]), Path(sys.argv[3]), shard_tokens=100))\n"
-    )
-    output = tmp_path / "shards"
-    command = [sys.executable, "-c", code, str(source), str(tokenizer_file), str(output)]
-    killed = subprocess.run(command, check=False)
-    assert killed.returncode == -signal.SIGKILL
-    assert len(list(output.glob("*.tar"))) >= 3
-    with pytest.raises(InputError, match=r"no index\.json"):
-        read_index(output)
-    prepare(PrepareOptions((str(source),), tokenizer_file, output, shard_tokens=10_000))
-    assert read_index(output).num_documents == 20 * len(TEXTS)
-    assert len(list(output.glob("*.tar"))) == len(read_index(output).shards)
-
-
 def test_options_that_cannot_be_meant_are_refused(
     make_shards: MakeShards, tokenizer_file: Path, tmp_path: Path
 ) -> None:
@@ -196,17 +141,6 @@ def test_options_that_cannot_be_meant_are_refused(
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="is a file"):
         prepare(PrepareOptions((str(tmp_path / "*.jsonl"),), tokenizer_file, tmp_path / "file"))
-
-
-def test_only_its_own_files_are_removed(make_shards: MakeShards, tmp_path: Path) -> None:
-    """A folder may hold a note of its owner."""
-    folder = tmp_path / "shards"
-    folder.mkdir()
-    (folder / "NOTE.txt").write_text("mine")
-    (folder / "shard-000099.tar").write_text("left by a killed run")
-    make_shards()
-    assert (folder / "NOTE.txt").read_text() == "mine"
-    assert not (folder / "shard-000099.tar").exists()
 
 
 def test_tar_members_tell_nothing_of_their_writer(make_shards: MakeShards) -> None:

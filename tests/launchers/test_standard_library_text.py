@@ -64,8 +64,23 @@ def test_a_larger_corpus_has_more_code(corpus: dict[str, Path], tmp_path: Path) 
     smaller = write_corpus(tmp_path, CODE_BYTES // 4)
     for files, least in ((corpus, CODE_BYTES), (smaller, CODE_BYTES // 4)):
         texts = [document["text"] for split in SPLITS for document in read(files[f"code_{split}"])]
-        assert least < sum(map(len, texts)) < least + 500_000  # the last file may be a long one
+        size = sum(len(text.encode("utf-8")) for text in texts)
+        assert least < size < least + 500_000  # the last file may be a long one
     assert modules(smaller, "train") < modules(corpus, "train")
+
+
+def test_code_is_counted_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a link that leads nowhere is no source."""
+    root = tmp_path / "python"
+    root.mkdir()
+    (root / "absent.py").symlink_to("nowhere.py")
+    for name in ("a.py", "b.py", "c.py"):
+        (root / name).write_text("# " + "\u5929" * 100, encoding="utf-8")
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(root))
+    assert len((root / "a.py").read_bytes()) == 302
+    for max_bytes, expected in ((301, {"a.py"}), (302, {"a.py", "b.py"})):
+        corpus = write_corpus(tmp_path / "text", max_bytes)
+        assert modules(corpus, "train") | modules(corpus, "valid") == expected
 
 
 def test_no_document_is_held_out_and_trained(corpus: dict[str, Path]) -> None:

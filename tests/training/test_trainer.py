@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import InputError
+from data_pipeline.index import read_index
 from megadlcm import pretrain
 from megadlcm.config import RunConfig, load_config
 from megadlcm.training.checkpoint import find_checkpoint, load_tensors
@@ -154,6 +155,20 @@ def test_rates_follow_the_schedule(make_run: MakeRun) -> None:
     peak = config.optimizer.learning_rate
     embedding = [row["learning_rate"]["embedding"] for row in rows]
     assert embedding == pytest.approx([peak * factor for factor in factors])
+
+
+def test_a_run_says_how_often_it_reads_its_data(
+    make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An epoch has the tokens of all training sources, a resumed run those of all its steps."""
+    for train_steps in (1, 2):
+        config = make_run(training=training(train_steps=train_steps))
+        epoch = sum(read_index(source.path).num_stream_tokens for source in config.data.train)
+        assert pretrain.run(config) == 0
+        epochs = train_steps * 4 * 32 / epoch
+        assert round(epochs, 2) > 0
+        line = f"training data: {epoch:,} tokens an epoch, {epochs:.2f} epochs in the whole run"
+        assert line in capsys.readouterr().out
 
 
 def test_a_token_budget_is_rounded_up_to_whole_steps(make_run: MakeRun) -> None:

@@ -1,0 +1,211 @@
+"""A prepare that fails or is killed takes nothing away, and the next one finds a clean folder."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline import read_index
+from data_pipeline.documents import TextDocument
+from data_pipeline.encode import encode_documents
+from data_pipeline.errors import InputError
+from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.verify import verify_folder
+from data_pipeline.write_shards import PrepareOptions, prepare
+from tests.tiny_shards import TEXTS, one_line, write_jsonl
+
+MakeShards = Callable[..., Path]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Returns the files of a folder by their path in it, those of its subfolders too."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def finished_files(folder: Path) -> dict[str, bytes]:
+    """Returns those that are not of an unfinished prepare."""
+    return {name: found for name, found in files(folder).items() if "unfinished/" not in name}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_failed_prepare_leaves_the_tokenizer_it_was_given(
+    workers: int, make_shards: MakeShards, tokenizer_file: Path, tmp_path: Path
+) -> None:
+    """The file lies where the shards go; the same command then works on better text."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    given = folder / "tokenizer.json"
+    given.write_bytes(tokenizer_file.read_bytes())
+    options = {"tokenizer": given, "workers": workers}
+    with pytest.raises(InputError, match="is empty"):
+        make_shards(texts=[*TEXTS, ""], **options)
+    assert files(folder) == {"tokenizer.json": tokenizer_file.read_bytes()}
+    make_shards(texts=[*TEXTS, ""], skip_empty=True, **options)
+    assert read_index(folder).num_documents == len(TEXTS)
+    assert given.read_bytes() == tokenizer_file.read_bytes()
+
+
+def test_workers_need_no_tokenizer_file(tokenizer_file: Path, tmp_path: Path) -> None:
+    """They may start when it is gone."""
+    tokenizer = load_tokenizer(tokenizer_file)
+    documents = [TextDocument(text, "a", "s", text, len(text), "here") for text in TEXTS]
+    expected = [tokens for _, tokens in encode_documents(documents, tokenizer)]
+    homeless = replace(tokenizer, path=tmp_path / "absent.json")
+    found = [tokens for _, tokens in encode_documents(documents, homeless, workers=2)]
+    assert len(found) == len(TEXTS)
+    assert all(np.array_equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_finished_shards_are_replaced_only_on_request(make_shards: MakeShards) -> None:
+    """And then leave nothing of the earlier ones behind."""
+    folder = make_shards(shard_tokens=20)
+    before = files(folder)
+    with pytest.raises(InputError, match=r"holds finished shards.*--overwrite") as error:
+        make_shards()
+    one_line(error)
+    assert files(folder) == before
+    make_shards(overwrite=True, tokenizer=folder / "tokenizer.json")
+    assert len(files(folder)) < len(before)
+    assert not list(verify_folder(read_index(folder)))
+    again = make_shards("again")
+    assert files(folder) == files(again)
+
+
+def test_finished_shards_outlive_a_prepare_that_fails(
+    make_shards: MakeShards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error in the last document, or before the last file: --overwrite replaces the whole."""
+    monkeypatch.setattr("data_pipeline.encode.BATCH_DOCUMENTS", 1)
+    folder = make_shards(shard_tokens=20)
+    before = files(folder)
+    for texts, message in (([*TEXTS[::-1], ""], "is empty"), ([""], "is empty")):
+        with pytest.raises(InputError, match=message):
+            make_shards(texts=texts, overwrite=True, shard_tokens=20)
+        assert files(folder) == before
+    with pytest.raises(InputError, match="no documents"):
+        make_shards(texts=[""], overwrite=True, skip_empty=True)
+    assert files(folder) == before
+
+    def full(*_: object) -> None:
+        raise OSError("no space left on the device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("data_pipeline.write_shards.write_index", full)
+        with pytest.raises(OSError, match="no space left"):
+            make_shards(texts=TEXTS[::-1], overwrite=True, shard_tokens=20)
+    assert files(folder) == before
+    make_shards(texts=TEXTS[::-1], overwrite=True, shard_tokens=20)
+    assert files(folder) != before
+
+
+def test_a_failed_prepare_leaves_no_index(make_shards: MakeShards, tmp_path: Path) -> None:
+    """Nor anything else."""
+    with pytest.raises(InputError, match="is empty"):
+        make_shards(texts=[*TEXTS, ""], shard_tokens=20)
+    folder = tmp_path / "shards"
+    assert list(folder.iterdir()) == []
+    with pytest.raises(InputError, match=r"no index\.json"):
+        read_index(folder)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from data_pipeline import write_shards
+
+owner, name = {place}
+sound, calls = getattr(owner, name), 0
+
+def kill(*arguments):
+    global calls
+    sound(*arguments)
+    calls += 1
+    if calls == {call}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+setattr(owner, name, kill)
+write_shards.prepare(write_shards.PrepareOptions(
+    (sys.argv[1],), Path(sys.argv[2]), Path(sys.argv[3]), shard_tokens=100, overwrite=True))
+"""
+CLOSING = "write_shards.ShardFolderWriter, '_close_shard'"
+PUBLISHING = "write_shards, 'sync_folder'"
+
+
+def killed_prepare(place: str, call: int, *arguments: Path) -> None:
+    """Prepares with --overwrite in a process that is killed after some call of a function."""
+    code = KILLED.format(place=place, call=call)
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_killed_prepare_leaves_what_was_there(
+    earlier: bool, tokenizer_file: Path, tmp_path: Path
+) -> None:
+    """SIGKILL mid-input, three shards written: no index, or the earlier one with all its shards."""
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS * 20)
+    output = tmp_path / "shards"
+    if earlier:
+        prepare(PrepareOptions((str(source),), tokenizer_file, output, shard_tokens=70))
+    before = finished_files(output)
+    killed_prepare(CLOSING, 3, source, tokenizer_file, output)
+    assert len(list(output.glob(".unfinished/*.tar"))) == 3
+    assert finished_files(output) == before and bool(before) == earlier
+    options = PrepareOptions(
+        (str(source),), tokenizer_file, output, shard_tokens=10_000, overwrite=earlier
+    )
+    prepare(options)
+    prepare(replace(options, output=tmp_path / "undisturbed"))
+    assert files(output) == files(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_folder_killed_between_its_old_and_its_new_shards_is_unfinished(
+    call: int, tokenizer_file: Path, tmp_path: Path
+) -> None:
+    """Before the first file is moved, and before the index is."""
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS * 5)
+    output = tmp_path / "shards"
+    options = PrepareOptions((str(source),), tokenizer_file, output, shard_tokens=100)
+    prepare(replace(options, shard_tokens=70))
+    killed_prepare(PUBLISHING, call, source, tokenizer_file, output)
+    assert (output / ".unfinished").exists() and list(output.glob("*.tar"))
+    with pytest.raises(InputError, match=r"no index\.json"):
+        read_index(output)
+    prepare(options)
+    prepare(replace(options, output=tmp_path / "undisturbed"))
+    assert files(output) == files(tmp_path / "undisturbed")
+
+
+def test_only_its_own_files_are_removed(make_shards: MakeShards, tmp_path: Path) -> None:
+    """A folder may hold a note of its owner."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    (folder / "NOTE.txt").write_text("mine")
+    (folder / "shard-000099.tar").write_text("left by a killed run")
+    make_shards()
+    assert (folder / "NOTE.txt").read_text() == "mine"
+    assert not (folder / "shard-000099.tar").exists()
+
+
+def test_another_tokenizer_is_replaced_only_on_request(
+    make_shards: MakeShards, tmp_path: Path
+) -> None:
+    """It may be the one that another corpus was prepared with."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_bytes(b"another")
+    with pytest.raises(InputError, match=r"holds another tokenizer\.json.*--overwrite") as error:
+        make_shards()
+    one_line(error)
+    assert files(folder) == {"tokenizer.json": b"another"}
+    make_shards(overwrite=True)
+    assert not list(verify_folder(read_index(folder)))
