@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -180,18 +179,17 @@ def run_inspect(arguments: argparse.Namespace) -> int:
 
 
 def run_verify(arguments: argparse.Namespace) -> int:
-    """Prints every problem of a shard folder; 2 where there is one."""
+    """Prints every problem of a shard folder; raises InputError where there is one."""
     from data_pipeline.index import read_index
     from data_pipeline.verify import verify_folder
 
     index = read_index(arguments.folder)
     num_problems = 0
     for problem in verify_folder(index):
-        print(f"error: {problem}", file=sys.stderr)
+        print(problem)
         num_problems += 1
     if num_problems:
-        print(f"{arguments.folder}: {num_problems} problems; prepare it again", file=sys.stderr)
-        return 2
+        raise InputError(f"{arguments.folder}: problems found: {num_problems}; prepare it again")
     print(
         f"{arguments.folder}: {len(index.shards):,} shards, {index.num_documents:,} documents, "
         f"{index.num_tokens:,} tokens, all as written"

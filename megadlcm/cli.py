@@ -32,7 +32,7 @@ examples:
   megadlcm plan configs/dlcm_2.3b.yaml --nodes 16 --gpus-per-node 8
   megadlcm train configs/quickstart.yaml
 
-exit codes: 0 done, 1 failed while running, 2 the input was wrong"""
+exit codes: 0 done, 1 failed while running, 2 the input was wrong or is damaged, 130 Ctrl-C"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None takes the process's.
 
     Returns:
-        Exit code: 0 done, 1 failed while running, 2 the input was wrong.
+        Exit code: 0 done, 1 failed while running, 2 the input was wrong or is damaged,
+        130 interrupted from the keyboard.
     """
     arguments = _parse(argv)
     run = getattr(arguments, "run", None) or arguments.func

@@ -11,7 +11,6 @@ from megadlcm.config.decode import (
     dump_config,
     load_config,
     model_config_from_dict,
-    save_config,
 )
 from megadlcm.config.model import ModelConfig
 from megadlcm.config.parallel import ParallelConfig
@@ -46,5 +45,4 @@ __all__ = [
     "dump_config",
     "load_config",
     "model_config_from_dict",
-    "save_config",
 ]

@@ -1,7 +1,7 @@
 """YAML and dotted overrides to RunConfig and back; every error is one line that names its key.
 
 Scalars stay text until the type of their field is known: PyYAML alone would read `3e-4` as text,
-`on` as true and `1:30` as ninety.
+`on` as true and `1:30` as ninety. For the same reason tags, anchors and aliases are refused.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ from megadlcm.config.run import RunConfig
 
 Section = TypeVar("Section")
 _MAX_DIGITS = 18
+_MAX_DEPTH = 20
+_MAX_SHOWN = 200
+# what would break a line, or cannot be in a file name or in UTF-8
+_CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\ud800-\\udfff]")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -46,20 +50,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         InputError: the file is missing or no YAML, or a key or value is not valid.
     """
     tree = _read_file(Path(path))
-    _drop_replaced_length(tree, overrides)
-    for override in overrides:
-        _apply_override(tree, override)
+    values = [_parse_override(override) for override in overrides]
+    _drop_replaced_length(tree, dict(values))
+    for key, value in values:
+        _apply_override(tree, key, value)
     return config_from_dict(tree)
 
 
-def _drop_replaced_length(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+def _drop_replaced_length(tree: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Removes the file's length of the run where an override gives one; null gives none."""
     lengths = ("train_steps", "train_tokens")
-    given = {override.partition("=")[0] for override in overrides}
-    if given & {f"training.{name}" for name in lengths}:
-        section = tree.get("training")
-        if isinstance(section, dict):
-            for name in lengths:
-                section.pop(name, None)
+    section = tree.get("training")
+    given = any(values.get(f"training.{name}") is not None for name in lengths)
+    if given and isinstance(section, dict):
+        for name in lengths:
+            section.pop(name, None)
 
 
 def config_from_dict(tree: Mapping[str, Any]) -> RunConfig:
@@ -98,11 +103,6 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
 
 
-def save_config(config: RunConfig, path: str | Path) -> None:
-    """Writes a run to a YAML file."""
-    Path(path).write_text(dump_config(config), encoding="utf-8")
-
-
 def config_keys() -> list[str]:
     """All dotted keys of a run."""
     return list(_walk_keys(RunConfig, ""))
@@ -113,6 +113,21 @@ class _Loader(yaml.SafeLoader):
 
     # not a ClassVar: PyYAML declares it as a plain attribute
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Reads a node; refuses what could give it another type, or itself as a part."""
+        event = self.peek_event()
+        if event.anchor is not None or getattr(event, "tag", None) is not None:
+            problem = "tags, anchors and aliases are not supported"
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        if self._depth == _MAX_DEPTH:
+            problem = f"more than {_MAX_DEPTH} levels of nesting"
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        self._depth += 1
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Builds a mapping after comparing its keys, which PyYAML does not."""
@@ -136,12 +151,12 @@ def _read_file(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise InputError(
-            f"config {path}: {reason}; name a YAML file such as configs/quickstart.yaml"
+            f"config {_short(path)}: {reason}; name a YAML file such as configs/quickstart.yaml"
         ) from error
-    tree = _parse(text, f"config {path}")
+    tree = _parse(text, f"config {_short(path)}")
     if not isinstance(tree, dict):
         raise InputError(
-            f"config {path}: must hold `key: value` lines; see configs/quickstart.yaml"
+            f"config {_short(path)}: must hold `key: value` lines; see configs/quickstart.yaml"
         )
     return tree
 
@@ -149,30 +164,38 @@ def _read_file(path: Path) -> dict[str, Any]:
 def _parse(text: str, origin: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    # an escape such as \UFFFFFFFF is a number that PyYAML does not check
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark is not None else ""
-        reason = getattr(error, "problem", None) or "it cannot be read"
-        raise InputError(f"{origin}: no valid YAML{where}: {reason}; correct it") from error
+        reason = getattr(error, "problem", None) or getattr(error, "reason", None) or error
+        raise InputError(
+            f"{origin}: YAML that cannot be read{where}: {_short(reason)}; correct it"
+        ) from error
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def _parse_override(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise InputError(
-            f"override {override!r} must be key=value; for example training.train_steps=50"
+            f"override '{_short(override)}' must be key=value; for example training.train_steps=50"
         )
+    return key, _parse(text, f"override {_short(key)}")
+
+
+def _apply_override(tree: dict[str, Any], key: str, value: Any) -> None:
     *sections, last = key.split(".")
     for depth, section in enumerate(sections):
         if tree.get(section) is None:
             tree[section] = {}
         tree = tree[section]
         if not isinstance(tree, dict):
-            parent = ".".join(sections[: depth + 1])
+            parent = _short(".".join(sections[: depth + 1]))
             raise InputError(
-                f"override {key}: {parent} has no keys below it; override {parent} as a whole"
+                f"override {_short(key)}: {parent} has no keys below it; override {parent} as a "
+                "whole"
             )
-    tree[last] = _parse(text, f"override {key}")
+    tree[last] = value
 
 
 def _decode_section(section: type[Section], tree: Any, prefix: str) -> Section:
@@ -261,6 +284,8 @@ def _number(value: Any) -> Decimal | None:
 def _decode_str(value: Any, key: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise _wrong(key, value, "text", "put it in quotes")
+    if _CONTROL.search(str(value)):
+        raise _wrong(key, value, "text on one line", "remove its control characters")
     return str(value)
 
 
@@ -281,7 +306,7 @@ def _describe(hint: Any) -> str:
 
 def _wrong(key: str, value: Any, rule: str, way_out: str) -> InputError:
     shown = json.dumps(value, default=str, ensure_ascii=False)
-    return InputError(f"{key or 'config'} = {shown}, must be {rule}; {way_out}")
+    return InputError(f"{key or 'config'} = {_short(shown)}, must be {rule}; {way_out}")
 
 
 def _unknown(key: str, siblings: list[str], prefix: str) -> InputError:
@@ -291,8 +316,18 @@ def _unknown(key: str, siblings: list[str], prefix: str) -> InputError:
     same_name = [name for name in config_keys() if name.rpartition(".")[2] == leaf]
     for candidates in (nearest, same_name):
         if candidates:
-            return InputError(f"{key} is not a config key; did you mean {candidates[0]}?")
-    return InputError(f"{key} is not a config key; {prefix or 'a run'} has {', '.join(siblings)}")
+            way_out = f"did you mean {candidates[0]}?"
+            return InputError(f"{_short(key)} is not a config key; {way_out}")
+    way_out = f"{prefix or 'a run'} has {', '.join(siblings)}"
+    return InputError(f"{_short(key)} is not a config key; {way_out}")
+
+
+def _short(value: Any) -> str:
+    """Shows what a user wrote on one line, without the middle where it is long."""
+    text = str(value)
+    if len(text) > _MAX_SHOWN:
+        text = f"{text[: _MAX_SHOWN // 2]} ... {text[-_MAX_SHOWN // 4 :]}"
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def _walk_keys(section: Any, prefix: str) -> Iterator[str]:

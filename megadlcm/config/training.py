@@ -48,10 +48,15 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Checks ranges, the budget, and that micro-batches fill the batch; raises InputError."""
-        if (self.train_steps is None) == (self.train_tokens is None):
+        if self.train_steps is None and self.train_tokens is None:
             raise InputError(
-                f"training.train_steps = {_yaml(self.train_steps)} and training.train_tokens = "
-                f"{_yaml(self.train_tokens)}, exactly one must be given; set the other one to null"
+                "training.train_steps and training.train_tokens are both null, one must say how "
+                "long the run is; give one of the two"
+            )
+        if self.train_steps is not None and self.train_tokens is not None:
+            raise InputError(
+                f"training.train_steps = {self.train_steps} and training.train_tokens = "
+                f"{self.train_tokens}, only one may be given; set the other one to null"
             )
         require_at_least("training", self, 1, "train_steps", "train_tokens")
         require_at_least("training", self, 1, "global_batch_size", "micro_batch_size")
@@ -235,7 +240,3 @@ class LoggingConfig:
         """Checks the ranges; raises InputError."""
         require_at_least("logging", self, 1, "interval_steps")
         require_positive("logging", self, "peak_tflops")
-
-
-def _yaml(value: int | None) -> str:
-    return "null" if value is None else str(value)

@@ -41,7 +41,7 @@ def add_checkpoint_parser(subparsers: Subparsers) -> None:
             "verify",
             run_verify,
             run_folder,
-            "check sizes and SHA-256 of every file; exit 1 if one is damaged",
+            "check sizes and SHA-256 of every file; exit 2 if one is damaged",
         ),
         (
             "inspect",
@@ -84,7 +84,7 @@ def run_list(arguments: argparse.Namespace) -> int:
 
 
 def run_verify(arguments: argparse.Namespace) -> int:
-    """Verifies every checkpoint of a run; 0 if all are good, else 1."""
+    """Prints the state of every checkpoint of a run; 0, or InputError where one is damaged."""
     root = _root(arguments.run_dir)
     checkpoints = checkpoint_folder.verify_all(root)
     if not checkpoints:
@@ -92,7 +92,13 @@ def run_verify(arguments: argparse.Namespace) -> int:
     for checkpoint in checkpoints:
         mark = "DAMAGED" if checkpoint.problem else "ok"
         print(f"{mark:8}{checkpoint.path}  {checkpoint.problem}".rstrip())
-    return 1 if any(checkpoint.problem for checkpoint in checkpoints) else 0
+    num_damaged = sum(bool(checkpoint.problem) for checkpoint in checkpoints)
+    if num_damaged:
+        raise InputError(
+            f"{root}: {num_damaged} of {len(checkpoints)} checkpoints damaged; a run passes over "
+            "them, remove or restore them"
+        )
+    return 0
 
 
 def run_inspect(arguments: argparse.Namespace) -> int:

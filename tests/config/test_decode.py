@@ -18,10 +18,14 @@ from megadlcm.config import (
     config_from_dict,
     config_keys,
     config_to_dict,
+    dump_config,
     load_config,
     model_config_from_dict,
-    save_config,
 )
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+
+ODD_PIECES = ("!!int ", "!!timestamp ", "! ", "&a ", "*a", r'"\UFFFFFFFF"', r"\x00", "1e9", "null")
 
 
 def value_at(config: RunConfig, key: str) -> Any:
@@ -103,7 +107,7 @@ def test_a_value_is_read_by_the_type_of_its_field(
         ("training={}", "training.global_batch_size is missing, must be an integer"),
         ("seed", "override 'seed' must be key=value"),
         ("=3", "override '=3' must be key=value"),
-        ("seed=[", "override seed: no valid YAML"),
+        ("seed=[", "override seed: YAML that cannot be read"),
         ("name.x=1", "name has no keys below it"),
         ("data.train.0.path=b", "data.train has no keys below it"),
         ("optimizer={eps: 1, eps: 2}", "the key 'eps' is given twice"),
@@ -123,7 +127,11 @@ def test_a_wrong_override_is_refused_in_one_line_with_its_key(
     [
         ("", "must hold `key: value` lines"),
         ("- a", "must hold `key: value` lines"),
-        ("name: [", "no valid YAML in line"),
+        ("name: [", "YAML that cannot be read in line"),
+        ("# note\nname: &a [*a]", "in line 2: tags, anchors and aliases are not supported"),
+        ("name: !!timestamp x", "in line 1: tags, anchors and aliases are not supported"),
+        ("[" * 3000, "in line 1: more than 20 levels of nesting"),
+        ("%YAML 1." + "9" * 5000 + "\n---\nname: a", "YAML that cannot be read"),
         ("name: a\nname: b", "the key 'name' is given twice"),
         ("name: a", "output_dir is missing, must be text"),
     ],
@@ -135,6 +143,53 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path: Path, text: str, message:
         load_config(path)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.d_token=!!int abc", "override model.d_token: YAML that cannot be read in line 1"),
+        ("name=!!timestamp x", "tags, anchors and aliases are not supported"),
+        ("name=!!python/tuple [a]", "tags, anchors and aliases are not supported"),
+        ("name=&a [*a]", "tags, anchors and aliases are not supported"),
+        ("optimizer={<<: *a}", "tags, anchors and aliases are not supported"),
+        ("name=" + "[" * 3000 + "]" * 3000, "override name: YAML that cannot be read"),
+        ("name=" + "{a: " * 3000 + "}" * 3000, "more than 20 levels of nesting"),
+        (r'name="\UFFFFFFFF"', "override name: YAML that cannot be read"),
+        (r'name="\ud800"', "name = "),
+        (r'output_dir="a\0b"', "output_dir = "),
+        (r'name="a\nb"', "must be text on one line"),
+        (r'optimizer={"a\nb": 1}', r"optimizer.a\nb is not a config key"),
+        ("seed=" + "x" * 9999, 'seed = "xxxx'),
+        (f"seed=[{'x, ' * 9999}]", 'seed = ["x", "x"'),
+        ("model.boundary_mode=" + "x" * 9999, "must be one of learned_global"),
+        ("x" * 9999 + "=1", "is not a config key"),
+        ("x" * 9999 + "=[", "YAML that cannot be read"),
+        ("name." + "x" * 9999 + "=1", "name has no keys below it"),
+        ("x" * 9999, "must be key=value"),
+        (f"optimizer={{{'x' * 999}: 1, {'x' * 999}: 2}}", "is given twice"),
+    ],
+    ids=lambda text: text[:24],
+)
+def test_what_no_config_needs_ends_in_one_short_line(
+    run_file: Path, override: str, message: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        load_config(run_file, [override])
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 700
+
+
+@given(
+    st.sampled_from(["name", "seed", "model", "data.train", "optimizer.betas"]),
+    st.lists(st.sampled_from([*"[]{}:,'\"|>%-?# \n\t.", *ODD_PIECES])),
+)
+def test_any_text_is_a_value_or_one_short_line(key: str, pieces: list[str]) -> None:
+    """Brackets, quotes, tags and escapes in any order never end in another exception."""
+    try:
+        load_config(QUICKSTART, [f"{key}={''.join(pieces)}"])
+    except InputError as error:
+        assert len(str(error).splitlines()) == 1 and len(str(error)) < 700
 
 
 def test_a_missing_file_and_a_binary_file_are_refused(tmp_path: Path) -> None:
@@ -150,8 +205,9 @@ def test_a_run_survives_a_mapping_json_and_a_file(run_file: Path, tmp_path: Path
     config = load_config(run_file, ["optimizer.eps=1e-9", "name='true'", "model.boundary_size=16"])
     assert config_from_dict(config_to_dict(config)) == config
     assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
-    save_config(config, tmp_path / "saved.yaml")
-    assert load_config(tmp_path / "saved.yaml") == config
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(saved) == config
 
 
 @given(st.floats(min_value=1e-300, max_value=1e300, allow_nan=False))

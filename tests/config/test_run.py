@@ -14,8 +14,8 @@ from megadlcm.config import InputError, load_config
     [
         (["training.micro_batch_size=3"], "not a multiple of training.micro_batch_size = 3"),
         (["training.global_batch_size=0"], r"training\.global_batch_size = 0"),
-        (["training.train_tokens=1e6", "training.train_steps=1"], "exactly one must be given"),
-        (["training.train_steps=null"], "exactly one must be given"),
+        (["training.train_tokens=1e6", "training.train_steps=1"], "only one may be given"),
+        (["training.train_steps=null"], "are both null, .*; give one of the two"),
         (["training.train_steps=0"], r"training\.train_steps = 0"),
         (["training.max_grad_norm=-1"], "must be a number >= 0"),
         (["training.precision=bf16", "parallel.zero_stage=0"], r"set parallel\.zero_stage=1"),
@@ -64,11 +64,20 @@ def test_a_budget_on_the_command_line_replaces_the_one_of_the_file(run_file: Pat
     assert load_config(run_file, ["training.train_steps=7"]).total_steps == 7
 
 
+def test_null_on_the_command_line_replaces_no_budget(run_file: Path) -> None:
+    """It gives no length: taking the file's away for it would leave the run without one."""
+    assert load_config(run_file, ["training.train_tokens=null"]).total_steps == 10
+    swapped = ["training.train_tokens=4096", "training.train_steps=null"]
+    assert load_config(run_file, swapped).total_steps == 4
+    withdrawn = ["training.train_tokens=4096", "training.train_tokens=null"]
+    assert load_config(run_file, withdrawn).total_steps == 10
+
+
 def test_a_budget_given_twice_in_a_file_is_refused(run_file: Path) -> None:
     text = run_file.read_text(encoding="utf-8")
     text = text.replace("train_steps: 10", "train_steps: 10\n  train_tokens: 4096")
     run_file.write_text(text, encoding="utf-8")
-    with pytest.raises(InputError, match="exactly one must be given"):
+    with pytest.raises(InputError, match="only one may be given"):
         load_config(run_file)
 
 

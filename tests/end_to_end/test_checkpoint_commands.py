@@ -63,22 +63,25 @@ def test_verify_approves_a_whole_run(finished: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
-def test_verify_names_the_damaged_file_in_one_line_and_exits_with_1(
+def test_verify_names_the_damaged_file_in_one_line_and_exits_with_2(
     run_folder: Path, capsys: pytest.CaptureFixture[str], file: str
 ) -> None:
     checkpoint = run_folder / "checkpoints" / "step_0000000004"
     damage(checkpoint, file)
-    assert main(["checkpoint", "verify", str(run_folder)]) == 1
-    lines = capsys.readouterr().out.splitlines()
+    assert main(["checkpoint", "verify", str(run_folder)]) == 2
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
     assert [line.split()[0] for line in lines] == ["ok", "DAMAGED", "ok"]
     assert str(checkpoint) in lines[1] and file in lines[1] and "SHA-256" in lines[1]
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
+    assert f"{run_folder / 'checkpoints'}: 1 of 3 checkpoints damaged" in printed.err
 
 
 def test_verify_names_a_checkpoint_whose_file_is_gone(
     run_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (newest_checkpoint(run_folder) / "optimizer.safetensors").unlink()
-    assert main(["checkpoint", "verify", str(run_folder)]) == 1
+    assert main(["checkpoint", "verify", str(run_folder)]) == 2
     assert "optimizer.safetensors is missing" in capsys.readouterr().out.splitlines()[0]
 
 

@@ -75,6 +75,22 @@ def test_the_large_files_share_data_and_proportions() -> None:
             assert model.concept_ffn_size == 2 * model.d_concept
 
 
+def test_batches_and_warm_up_are_those_that_the_readme_states() -> None:
+    """From the 274M model up as LLaMA: 4.2M tokens of 2,048 each, 2,000 steps of warm-up."""
+    for name in STATED_BILLIONS:
+        config = load_config(FOLDER / name)
+        small = name == "dlcm_87m.yaml"
+        assert config.data.seq_len == 2048
+        assert config.step_tokens == (2**19 if small else 2**22)
+        assert config.schedule.warmup_steps == (1000 if small else 2000)
+    for path in FILES:
+        config = load_config(path)
+        assert (config.optimizer.betas, config.optimizer.weight_decay) == ((0.9, 0.95), 0.1)
+        assert config.training.max_grad_norm == 1.0
+        last_part = 0.2 if path.stem == "quickstart" else 0.1
+        assert (config.schedule.decay_fraction, config.schedule.final_ratio) == (last_part, 0.0)
+
+
 def test_the_quickstart_can_be_cut_four_ways() -> None:
     model = load_config(FOLDER / "quickstart.yaml").model
     sizes = (
