@@ -15,9 +15,12 @@ from megadlcm.ops.segments import ConceptLayout, concept_layout
 def literal_layout(mask_T: Tensor, packing: Packing, align: str) -> ConceptLayout:
     """The paper's words taken literally: pool [phi(k), phi(k+1)), see it from phi(k)."""
     layout = concept_layout(mask_T, packing, "end")
-    pooled_T = layout.visible_concept_T
-    count_M = torch.bincount(pooled_T, minlength=layout.num_concepts)
-    return dataclasses.replace(layout, pooled_concept_T=pooled_T, pooled_count_M=count_M)
+    return dataclasses.replace(
+        layout,
+        pooled_concept_T=layout.visible_concept_T,
+        pooled_count_M=layout.run_length_M,
+        pool_stop_M=layout.boundary_position_M + layout.run_length_M,
+    )
 
 
 def own_last_token_layout(mask_T: Tensor, packing: Packing, align: str) -> ConceptLayout:
@@ -29,9 +32,9 @@ def own_last_token_layout(mask_T: Tensor, packing: Packing, align: str) -> Conce
     visible_T = layout.visible_concept_T
     is_last_T = torch.zeros_like(mask_T)
     is_last_T[packing.cu_seqlens[1:].long() - 1] = True
-    return dataclasses.replace(
-        layout, visible_concept_T=torch.where(is_last_T, visible_T, visible_T.roll(-1))
-    )
+    visible_T = torch.where(is_last_T, visible_T, visible_T.roll(-1))
+    run_length_M = torch.bincount(visible_T, minlength=layout.num_concepts)
+    return dataclasses.replace(layout, visible_concept_T=visible_T, run_length_M=run_length_M)
 
 
 def symmetric_smoothing(concept_MC: Tensor, weight_M: Tensor, packing: Packing) -> Tensor:

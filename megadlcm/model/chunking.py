@@ -117,7 +117,7 @@ class BoundaryDetector(nn.Module):
         config = self.config
         cosine_T = self.cosine(hidden_TD)
         if config.boundary_mode == "fixed":
-            mask_T = fixed_boundaries(packing, config.target_tokens_per_concept)
+            mask_T = fixed_boundaries(packing.position, config.target_tokens_per_concept)
             return BoundaryOutput(mask_T.to(cosine_T.dtype), mask_T, mask_T, cosine_T)
         prob_T = boundary_probability(cosine_T, packing, self.offset)
         threshold_T = self._limited(threshold_boundaries(prob_T, packing, self.threshold), packing)

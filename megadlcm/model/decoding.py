@@ -14,6 +14,8 @@ from torch import Tensor
 
 from megadlcm.model.dlcm import DLCM
 from megadlcm.model.transformer import Stack
+from megadlcm.ops.attention import biased_attention
+from megadlcm.ops.boundary import fixed_boundaries
 from megadlcm.ops.rotary import rotation
 from megadlcm.ops.smoothing import MIN_WEIGHT
 
@@ -53,7 +55,7 @@ class DecodeState:
     since_boundary: int = 0
     """Tokens since the last boundary, it included."""
     smooth_1C: Tensor | None = None
-    """Last smoothed concept."""
+    """Last smoothed concept, fp32 or wider; the recurrence keeps more than the model's type."""
     concept_key: Tensor | None = None
     """Keys of the concepts for cross-attention (M, K, H), not replicated."""
     concept_value: Tensor | None = None
@@ -105,8 +107,8 @@ def _boundary_step(model: DLCM, state: DecodeState, hidden_1D: Tensor) -> Tensor
     if state.previous_D is None:
         return one
     if config.boundary_mode == "fixed":
-        index, ratio = state.decoder.length, config.target_tokens_per_concept
-        return one if index // ratio > (index - 1) // ratio else None
+        position = torch.tensor(state.decoder.length)
+        return one if fixed_boundaries(position, config.target_tokens_per_concept) else None
     cosine = detector.cosine(torch.stack((state.previous_D, hidden_1D[0])))[1]
     probability = ((1.0 - cosine + detector.offset) / 2).clamp(0.0, 1.0)
     limit = config.max_segment_tokens
@@ -145,13 +147,12 @@ def _smooth_step(
     config = model.config
     if config.smoothing == "none" or config.boundary_mode == "fixed":
         return concept_1C
+    smooth_1C = concept_1C.to(torch.promote_types(concept_1C.dtype, torch.float32))
     if state.smooth_1C is not None:
-        wide = torch.promote_types(concept_1C.dtype, torch.float32)
-        weight = probability.to(wide).clamp(MIN_WEIGHT, 1.0 - MIN_WEIGHT)
-        mixed = weight * concept_1C.to(wide) + (1.0 - weight) * state.smooth_1C.to(wide)
-        concept_1C = mixed.to(concept_1C.dtype)
-    state.smooth_1C = concept_1C
-    return concept_1C
+        weight = probability.to(smooth_1C.dtype).clamp(MIN_WEIGHT, 1.0 - MIN_WEIGHT)
+        smooth_1C = weight * smooth_1C + (1.0 - weight) * state.smooth_1C
+    state.smooth_1C = smooth_1C
+    return smooth_1C.to(concept_1C.dtype)
 
 
 def _read_concepts(model: DLCM, state: DecodeState, hidden_1D: Tensor) -> Tensor:
@@ -159,12 +160,12 @@ def _read_concepts(model: DLCM, state: DecodeState, hidden_1D: Tensor) -> Tensor
     reader = model.concept_reader
     place_1 = torch.tensor([state.num_concepts - 1], device=hidden_1D.device)
     query = reader.query(hidden_1D, place_1)
-    bias = None
-    if model.config.concept_weighting == "count":
-        counts = torch.tensor(state.run_lengths, dtype=torch.float64, device=hidden_1D.device)
-        bias = counts.log().to(hidden_1D.dtype).unsqueeze(0)
     assert state.concept_key is not None and state.concept_value is not None
-    return reader.wo(_attend(query, state.concept_key, state.concept_value, bias))
+    concepts = state.concept_key, state.concept_value
+    if model.config.concept_weighting == "uniform":
+        return reader.wo(_attend(query, *concepts))
+    counts = torch.tensor(state.run_lengths, dtype=torch.float64, device=hidden_1D.device)
+    return reader.wo(biased_attention(query, *concepts, counts.log().unsqueeze(0)).flatten(1))
 
 
 def _stack_step(stack: Stack, cache: StackCache, states_1D: Tensor) -> Tensor:
@@ -174,19 +175,17 @@ def _stack_step(stack: Stack, cache: StackCache, states_1D: Tensor) -> Tensor:
     for index, block in enumerate(stack.layers):
         query, key, value = block.attention.project(block.attention_norm(states_1D), rotary)
         keys, values = cache.extend(index, key, value)
-        states_1D = states_1D + block.attention.wo(_attend(query, keys, values, None))
+        states_1D = states_1D + block.attention.wo(_attend(query, keys, values))
         states_1D = states_1D + block.feed_forward(block.feed_forward_norm(states_1D))
     cache.length += 1
     return stack.norm(states_1D)
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+def _attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """One query row against all cached rows; (1, N * H)."""
     grouped = query.shape[1] != keys.shape[1]
     batched = [part.transpose(0, 1).unsqueeze(0) for part in (query, keys, values)]
-    output = F.scaled_dot_product_attention(
-        batched[0], batched[1], batched[2], attn_mask=bias, enable_gqa=grouped
-    )
+    output = F.scaled_dot_product_attention(batched[0], batched[1], batched[2], enable_gqa=grouped)
     return output.transpose(1, 2).reshape(1, -1)
 
 

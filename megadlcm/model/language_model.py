@@ -21,6 +21,14 @@ class Embedding(nn.Embedding):
         """Leaves the weights to `initialize_parameters`."""
 
 
+def attention_backend(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """Finds the attention back-end of a model before it is built; see `choose_backend`."""
+    head_sizes = [config.token_head_size]
+    if config.architecture == "dlcm":
+        head_sizes.append(config.concept_head_size)
+    return choose_backend(config.attention_backend, device, dtype, head_sizes)
+
+
 class LanguageModel(nn.Module, ABC):
     """A model from packed tokens to logits.
 
@@ -58,7 +66,7 @@ class LanguageModel(nn.Module, ABC):
         dtype = weight.dtype
         if torch.is_autocast_enabled(weight.device.type):
             dtype = torch.get_autocast_dtype(weight.device.type)
-        return choose_backend(self.config.attention_backend, weight.device, dtype)
+        return attention_backend(self.config, weight.device, dtype)
 
     def set_recompute(self, mode: str) -> None:
         """Chooses activation recomputation.

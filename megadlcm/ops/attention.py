@@ -1,7 +1,7 @@
 """Variable-length attention over packed documents: one signature, several back-ends.
 
 `reference` runs anywhere and document by document, so nothing is padded. `flash_attn` needs the
-package of that name, `varlen` torch's own kernel; both need CUDA and a half-precision type.
+package of that name, `varlen` torch's own kernel; both need a recent GPU and a half-precision type.
 
 Letters: T query rows, U key rows, N heads, K key-value heads, H head size.
 """
@@ -12,8 +12,7 @@ import functools
 import importlib.util
 import inspect
 import itertools
-import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -23,19 +22,22 @@ from torch import Tensor
 from megadlcm.ops.packing import Packing
 from megadlcm.ops.segments import ConceptLayout, count_bias, replicate
 
-logger = logging.getLogger(__name__)
-
 BACKENDS = ("reference", "flash_attn", "varlen")
 _HALF_TYPES = (torch.float16, torch.bfloat16)
+_MIN_CAPABILITY = (8, 0)
+_MAX_HEAD_SIZE = 256
 
 
-def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
+def choose_backend(
+    name: str, device: torch.device, dtype: torch.dtype, head_sizes: Iterable[int]
+) -> str:
     """Resolves `auto` to the fastest back-end that can run here.
 
     Args:
         name: `auto` or one of `BACKENDS`.
         device: where the model runs.
         dtype: type of the queries, keys and values.
+        head_sizes: head size of each stack of the model.
 
     Returns:
         One of `BACKENDS`.
@@ -43,20 +45,37 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     Raises:
         ValueError: a back-end that was named cannot run here.
     """
-    usable = device.type == "cuda" and dtype in _HALF_TYPES
-    installed = {"flash_attn": _has_flash_attn(), "varlen": _has_varlen()}
-    if name == "auto":
-        fast = [backend for backend in ("flash_attn", "varlen") if usable and installed[backend]]
-        return fast[0] if fast else "reference"
     if name == "reference":
         return name
-    if not usable or not installed[name]:
+    missing = _missing_for_kernels(device, dtype, head_sizes)
+    installed = {"flash_attn": _has_flash_attn(), "varlen": _has_varlen()}
+    if name == "auto":
+        fast = [backend for backend in installed if installed[backend] and not missing]
+        return fast[0] if fast else "reference"
+    missing = missing or ("" if installed[name] else "its package, which is not installed")
+    if missing:
         raise ValueError(
-            f"model.attention_backend={name} needs CUDA, a half-precision type and its package "
-            f"(device {device.type}, {str(dtype).removeprefix('torch.')}, installed "
-            f"{installed[name]}): choose auto or reference"
+            f"model.attention_backend={name} needs {missing}: choose auto or reference"
         )
     return name
+
+
+def _missing_for_kernels(
+    device: torch.device, dtype: torch.dtype, head_sizes: Iterable[int]
+) -> str:
+    """The first thing that every kernel needs and does not find here; empty if there is none."""
+    if device.type != "cuda":
+        return f"CUDA (device {device.type})"
+    if dtype not in _HALF_TYPES:
+        return f"CUDA and a half-precision type (got {str(dtype).removeprefix('torch.')})"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _MIN_CAPABILITY:
+        return "CUDA of compute capability 8.0 (this GPU has {}.{})".format(*capability)
+    unfit = sorted({size for size in head_sizes if size % 8 or size > _MAX_HEAD_SIZE})
+    if unfit:
+        listed = " and ".join(map(str, unfit))
+        return f"head sizes that are multiples of 8 up to {_MAX_HEAD_SIZE} (got {listed})"
+    return ""
 
 
 def self_attention(
@@ -128,14 +147,39 @@ def concept_attention(
         key_MKH.split(concepts),
         value_MKH.split(concepts),
         layout.visible_concept_T.split(tokens),
+        layout.run_length_M.split(concepts),
         layout.packing.bounds,
         strict=False,  # the bounds end with the total
     )
     outputs = []
-    for query, key, value, visible_T, first in parts:
-        bias = count_bias(visible_T, first, key.shape[0], weighting)
-        outputs.append(_document_attention(query, key, value, bias.to(query.dtype)))
+    for query, key, value, visible_T, run_M, first in parts:
+        bias = count_bias(visible_T - first, run_M, weighting)
+        if weighting == "count":
+            outputs.append(biased_attention(query, key, value, bias))
+        else:  # 0 and -inf are exact in any type
+            outputs.append(_document_attention(query, key, value, bias.to(query.dtype)))
     return torch.cat(outputs)
+
+
+def biased_attention(query_TNH: Tensor, key_MKH: Tensor, value_MKH: Tensor, bias: Tensor) -> Tensor:
+    """softmax(Q K^T / sqrt(H) + bias) V of one document, in fp32 or wider.
+
+    bf16 would round the log of a count so that a concept's weight is off by up to two per cent.
+
+    Args:
+        query_TNH: queries of tokens.
+        key_MKH: keys of the concepts.
+        value_MKH: values of the concepts.
+        bias: (T, M).
+
+    Returns:
+        (T, N, H) in the dtype of the queries.
+    """
+    wide = torch.promote_types(query_TNH.dtype, torch.float32)
+    query, key, value = (part.to(wide) for part in (query_TNH, key_MKH, value_MKH))
+    with torch.autocast(query.device.type, enabled=False):
+        output = _document_attention(query, key, value, bias.to(wide))
+    return output.to(query_TNH.dtype)
 
 
 def _equal_length_runs(packing: Packing) -> Iterator[tuple[int, int]]:

@@ -117,20 +117,23 @@ def threshold_boundaries(
     return (prob_T.detach() >= threshold) | (packing.position == 0)
 
 
-def fixed_boundaries(packing: Packing, tokens_per_concept: float) -> Tensor:
-    """Places a boundary every `tokens_per_concept` tokens of each document.
+def fixed_boundaries(position: Tensor, tokens_per_concept: float) -> Tensor:
+    """Places a boundary every `tokens_per_concept` tokens of a document.
 
     b_t = [floor(t / R) > floor((t-1) / R)], so that R need not be an integer.
 
     Args:
-        packing: the documents.
+        position: places of tokens in their documents, int64, any shape.
         tokens_per_concept: R, at least 1.
 
     Returns:
-        bool (T,).
+        bool, same shape; true at position 0.
     """
-    position = packing.position.double()
-    return (position / tokens_per_concept).floor() > ((position - 1) / tokens_per_concept).floor()
+    # a tensor on the device: some devices divide by a plain number as a product with 1 / R, which
+    # puts other tokens at the boundaries
+    ratio = torch.full((), tokens_per_concept, dtype=torch.float64, device=position.device)
+    before, after = ((position - shift).double().div(ratio).floor() for shift in (1, 0))
+    return after > before
 
 
 def limit_segments(mask_T: Tensor, packing: Packing, max_tokens: int) -> Tensor:

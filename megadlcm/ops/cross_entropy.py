@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-IGNORE_INDEX = -100
 
 
 def token_cross_entropy(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
     """Negative log-likelihood of each label, in nats, computed in fp32 or wider.
 
+    Every token has a label: torch's own cross-entropy would pass over a label of -100.
+
     Args:
         logits_TV: (T, V).
-        labels_T: int64 (T,); -100 marks a token without a label, whose loss is 0.
+        labels_T: int64 (T,), each in [0, V).
 
     Returns:
         (T,).
     """
     wide = torch.promote_types(logits_TV.dtype, torch.float32)
-    return F.cross_entropy(
-        logits_TV.to(wide), labels_T, ignore_index=IGNORE_INDEX, reduction="none"
-    )
+    log_prob_TV = logits_TV.to(wide).log_softmax(-1)
+    return -log_prob_TV.gather(1, labels_T.unsqueeze(1)).squeeze(1)

@@ -54,12 +54,12 @@ class Packing:
         return documents.repeat_interleave(lengths, output_size=self.num_rows)
 
 
-def packing_from_offsets(cu_seqlens: Tensor, num_rows: int) -> Packing:
+def packing_from_offsets(cu_seqlens: Tensor, num_rows: int | None = None) -> Packing:
     """Checks the offsets of a packed sequence and derives each row's position.
 
     Args:
         cu_seqlens: offsets of the documents, integer (S+1,).
-        num_rows: rows of the packed sequence.
+        num_rows: rows of the packed sequence; None where only the offsets know.
 
     Returns:
         The packing, with one copy from the device to the host.
@@ -69,7 +69,7 @@ def packing_from_offsets(cu_seqlens: Tensor, num_rows: int) -> Packing:
             without rows (its first token would be another document's).
     """
     bounds = tuple(cu_seqlens.tolist())
-    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != num_rows:
+    if len(bounds) < 2 or bounds[0] != 0 or num_rows not in (None, bounds[-1]):
         raise ValueError(
             f"cu_seqlens must run from 0 to the number of rows ({num_rows}), got {_short(bounds)}"
         )
@@ -81,8 +81,8 @@ def packing_from_offsets(cu_seqlens: Tensor, num_rows: int) -> Packing:
             )
     device = cu_seqlens.device
     lengths = cu_seqlens.diff().long()
-    starts = cu_seqlens[:-1].long().repeat_interleave(lengths, output_size=num_rows)
-    position = torch.arange(num_rows, device=device) - starts
+    starts = cu_seqlens[:-1].long().repeat_interleave(lengths, output_size=bounds[-1])
+    position = torch.arange(bounds[-1], device=device) - starts
     return Packing(cu_seqlens.to(torch.int32), bounds, position)
 
 

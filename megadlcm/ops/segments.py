@@ -15,8 +15,10 @@ Tokens after the last boundary of a document form an open segment that no concep
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megadlcm.ops.packing import Packing, packing_from_offsets
@@ -34,6 +36,8 @@ class ConceptLayout:
     """Concept that each token pools into, int64 (T,); -1 for tokens of an open segment."""
     pooled_count_M: Tensor
     """Tokens pooled into each concept, int64 (M,); 0 for the null concept."""
+    pool_stop_M: Tensor
+    """Row after the last token pooled into each concept, int64 (M,)."""
     boundary_position_M: Tensor
     """Row of the boundary from which each concept is visible, int64 (M,)."""
     run_length_M: Tensor
@@ -56,13 +60,12 @@ def concept_layout(mask_T: Tensor, packing: Packing, align: str) -> ConceptLayou
     Returns:
         The layout; asks the device once, for the number of concepts of each document.
     """
+    closes = align == "end"  # whether a boundary token pools into the segment that it ends
     seen_T = mask_T.long().cumsum(0)
     visible_T = seen_T - 1
     ends = packing.cu_seqlens[1:].long() - 1
-    cu_concepts = torch.nn.functional.pad(seen_T[ends], (1, 0)).to(torch.int32)
-    num_concepts = int(cu_concepts[-1])
-    concepts = packing_from_offsets(cu_concepts, num_concepts)
-    pooled_T = visible_T + 1 - mask_T.long() if align == "end" else visible_T + 1
+    concepts = packing_from_offsets(F.pad(seen_T[ends], (1, 0)).to(torch.int32))
+    pooled_T = visible_T + 1 - mask_T.long() if closes else visible_T + 1
     # an open segment's running index is the next document's first concept: it must not pool there
     limit_T = (
         concepts.cu_seqlens[1:]
@@ -70,16 +73,19 @@ def concept_layout(mask_T: Tensor, packing: Packing, align: str) -> ConceptLayou
         .repeat_interleave(packing.cu_seqlens.diff().long(), output_size=packing.num_rows)
     )
     pooled_T = torch.where(pooled_T < limit_T, pooled_T, torch.full_like(pooled_T, -1))
-    count_M = torch.bincount(pooled_T + 1, minlength=num_concepts + 1)[1:]
-    boundary_M = torch.nonzero_static(mask_T, size=num_concepts).squeeze(-1)
-    run_length_M = torch.bincount(visible_T, minlength=num_concepts)
-    return ConceptLayout(concepts, visible_T, pooled_T, count_M, boundary_M, run_length_M)
+    boundary_M = torch.nonzero_static(mask_T, size=concepts.num_rows).squeeze(-1)
+    count_M = F.pad(boundary_M, (1, 0)).diff()  # a concept pools what lies between two boundaries
+    count_M = count_M.masked_fill(concepts.position == 0, 1 if closes else 0)
+    stop_M = boundary_M + 1 if closes else boundary_M
+    run_length_M = F.pad(boundary_M, (0, 1), value=packing.num_rows).diff()
+    return ConceptLayout(concepts, visible_T, pooled_T, count_M, stop_M, boundary_M, run_length_M)
 
 
 def segment_mean(hidden_TD: Tensor, layout: ConceptLayout) -> Tensor:
     """Means of the tokens of each segment (Eq. 7), accumulated in fp32 or wider.
 
-    Sums by `index_add`: differences of running sums lose all precision on long batches.
+    Each segment is summed by itself: differences of running sums lose all precision on long
+    batches, and scattered additions have no fixed order on a GPU.
 
     Args:
         hidden_TD: token states (T, D).
@@ -89,11 +95,13 @@ def segment_mean(hidden_TD: Tensor, layout: ConceptLayout) -> Tensor:
         (M, D) in the dtype of `hidden_TD`; zeros for the null concept.
     """
     wide = torch.promote_types(hidden_TD.dtype, torch.float32)
-    # row 0 collects the tokens of open segments and is dropped, which avoids a ragged selection
-    sums = torch.zeros(
-        layout.num_concepts + 1, hidden_TD.shape[-1], dtype=wide, device=hidden_TD.device
-    ).index_add(0, layout.pooled_concept_T + 1, hidden_TD.to(wide))
-    mean_MD = sums[1:] / layout.pooled_count_M.clamp(min=1).unsqueeze(-1)
+    # an open segment lies before the next document's first one and joins its run, as zeros; the
+    # run after the last concept is dropped
+    held_T1 = (layout.pooled_concept_T >= 0).unsqueeze(1)
+    held_TD = torch.where(held_T1, hidden_TD.to(wide), 0.0)
+    run_M1 = F.pad(F.pad(layout.pool_stop_M, (1, 0)), (0, 1), value=hidden_TD.shape[0]).diff()
+    sums_MD = _SumRuns.apply(held_TD, layout.pooled_concept_T.clamp(min=0), run_M1)[:-1]
+    mean_MD = sums_MD / layout.pooled_count_M.clamp(min=1).unsqueeze(-1)
     return mean_MD.to(hidden_TD.dtype)
 
 
@@ -105,12 +113,46 @@ def replicate(concept_M: Tensor, layout: ConceptLayout) -> Tensor:
         layout: the concepts.
 
     Returns:
-        (T, ...).
+        (T, ...); gradients are summed over each run in fp32 or wider.
     """
-    return concept_M.index_select(0, layout.visible_concept_T)
+    repeated: Tensor = _RepeatRuns.apply(concept_M, layout.visible_concept_T, layout.run_length_M)
+    return repeated
 
 
-def count_bias(visible_T: Tensor, first: int, num_concepts: int, weighting: str) -> Tensor:
+class _RepeatRuns(torch.autograd.Function):
+    """Row run_T[t] for each t; its gradient is `_SumRuns`, and the other way round.
+
+    The gradient of `index_select` is a scattered addition: in the type of the gradient, and on a
+    GPU in any order.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, run_T: Tensor, length_M: Tensor) -> Tensor:
+        ctx.save_for_backward(run_T, length_M)
+        return rows.index_select(0, run_T)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _SumRuns.apply(gradient, *ctx.saved_tensors), None, None
+
+
+class _SumRuns(torch.autograd.Function):
+    """Sums `length_M` neighbouring rows at a time, in their order, in fp32 or wider."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, run_T: Tensor, length_M: Tensor) -> Tensor:
+        ctx.save_for_backward(run_T, length_M)
+        wide = rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
+        # lengths are what they say (`unsafe`): to check them would ask the device
+        sums = torch.segment_reduce(wide, "sum", lengths=length_M, unsafe=True)
+        return sums.to(rows.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _RepeatRuns.apply(gradient, *ctx.saved_tensors), None, None
+
+
+def count_bias(newest_T: Tensor, run_M: Tensor, weighting: str) -> Tensor:
     """Additive attention mask of one document's tokens against its concepts.
 
     `count`: log n_k(t), where n_k(t) is how many tokens up to t have concept k as their newest;
@@ -118,21 +160,20 @@ def count_bias(visible_T: Tensor, first: int, num_concepts: int, weighting: str)
     0, which is Eq. 14. Concepts that t does not see get -inf.
 
     Args:
-        visible_T: newest visible concept of each token, int64 (tokens of the document,).
-        first: index of the document's first concept.
-        num_concepts: concepts of the document.
+        newest_T: newest visible concept of each token, counted in its document, int64
+            (tokens of the document,).
+        run_M: tokens that have each concept as their newest, int64 (concepts of the document,).
         weighting: `count` or `uniform`.
 
     Returns:
         fp64 (tokens, concepts).
     """
-    newest_T1 = (visible_T - first).unsqueeze(1)
-    concept_M = torch.arange(num_concepts, device=visible_T.device)
-    shape = (visible_T.numel(), num_concepts)
-    bias = torch.zeros(shape, dtype=torch.float64, device=visible_T.device)
+    newest_T1 = newest_T.unsqueeze(1)
+    concept_M = torch.arange(run_M.numel(), device=newest_T.device)
+    shape = (newest_T.numel(), run_M.numel())
+    bias = torch.zeros(shape, dtype=torch.float64, device=newest_T.device)
     if weighting == "count":
-        run_M = torch.bincount(newest_T1.squeeze(1), minlength=num_concepts)
         start_M = run_M.cumsum(0) - run_M
-        token_T1 = torch.arange(visible_T.numel(), device=visible_T.device).unsqueeze(1)
+        token_T1 = torch.arange(newest_T.numel(), device=newest_T.device).unsqueeze(1)
         bias = torch.minimum(token_T1 - start_M + 1, run_M).clamp(min=1).double().log()
     return bias.masked_fill(concept_M > newest_T1, -torch.inf)

@@ -7,6 +7,7 @@ A checkpoint holds tensors under parameter names, not DeepSpeed's own files: `mo
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import platform
@@ -244,7 +245,9 @@ def load_model(path: str | Path) -> LanguageModel:
     """
     folder = find_checkpoint(path)
     config = config_from_dict(read_description(folder)["config"])
-    model = build_model(config.model, config.mup, device=torch.device("meta"))
+    # the run may have named a kernel that no CPU has
+    shape = dataclasses.replace(config.model, attention_backend="auto")
+    model = build_model(shape, config.mup, device=torch.device("meta"))
     model = model.to_empty(device="cpu")
     missing, unexpected = model.load_state_dict(load_file(folder / MODEL_FILE), strict=True)
     assert not missing and not unexpected

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.tokenizer import load_tokenizer
-from megadlcm.config import MupConfig
+from megadlcm.config import MupConfig, load_config
 from megadlcm.model import DLCM, build_model
 from megadlcm.model.chunking import BoundaryDetector
 from megadlcm.model.output import ModelOutput
@@ -29,6 +29,7 @@ from tests.tiny_models import (
     ALIGNS,
     BOUNDARY_MODES,
     pack,
+    position_in_document,
     random_documents,
     tiny_config,
     tiny_model,
@@ -36,7 +37,17 @@ from tests.tiny_models import (
 
 LEARNED = ("learned_global", "learned_local")
 LENGTHS = (30, 1, 25, 40)
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = sorted((ROOT / "configs").glob("dlcm_*.yaml"))
+# what boundaries do not depend on
+SMALL_REST: dict[str, Any] = {
+    "backbone_layers": 1,
+    "d_concept": 64,
+    "concept_heads": 1,
+    "concept_kv_heads": 1,
+    "concept_ffn_size": 64,
+}
+DATA = ROOT.parent / "shared" / "data"
 
 
 def losses(model: DLCM) -> tuple[Tensor, Tensor, ModelOutput]:
@@ -294,3 +305,25 @@ def test_a_calibrated_model_starts_near_its_ratio_on_real_text(
                 assert 1 / (2 * ratio) <= fraction <= 2 / ratio
         # the control: small embeddings make all neighbours look alike
         assert embedding_std == 1.0 or uncalibrated < 1 / (2 * ratio)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_width_starts_near_its_ratio_on_real_text(
+    real_documents: list[Tensor], path: Path
+) -> None:
+    """Peers' list 33: calibrated on some documents, thresholded on others; two encoder layers."""
+    shipped = load_config(path)
+    config = dataclasses.replace(
+        shipped.model, **SMALL_REST, vocab_size=4096, encoder_layers=2, decoder_layers=1
+    )
+    model = build_model(config, shipped.mup)
+    assert isinstance(model, DLCM)
+    documents = [document % config.vocab_size for document in real_documents]
+    first, second = documents[:4], documents[4:8]
+    with torch.no_grad():
+        boundary = model.boundaries(*pack(first))
+    inner_T = position_in_document(pack(first)[1]) > 0
+    model.boundary_detector.calibrate(boundary.cosine_T[inner_T])
+    ratio = config.target_tokens_per_concept
+    thresholded, _ = starting_fractions(model, second)
+    assert 1 / (2 * ratio) <= thresholded <= 2 / ratio

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megadlcm.model import DLCM
+from megadlcm.model import DLCM, decoding
 from megadlcm.model.decoding import DecodeState, decode_step
+from megadlcm.ops.packing import packing_from_offsets
+from megadlcm.ops.smoothing import exponential_smoothing
 from tests.tiny_models import (
     ALIGNS,
     EXTRA_VARIANTS,
@@ -111,23 +113,86 @@ def test_decoding_thresholds_and_draws_nothing() -> None:
     assert torch.equal(logits, decode(model, tokens_T)[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ratio", [1.1, 2.2, 3.7])
+def test_fixed_boundaries_fall_on_the_same_tokens(ratio: float) -> None:
+    """Quotients near an integer: 11 / 2.2 is 5 and 11 // 2.2 is 4."""
+    model = tiny_model(boundary_mode="fixed", target_tokens_per_concept=ratio)
+    (tokens_T,) = random_documents([80], seed=36)
+    stepped, state = decode(model, tokens_T)
+    with torch.no_grad():
+        whole = model(tokens_T, torch.tensor([0, 80]))
+    assert state.run_lengths == whole.layout.run_length_M.tolist()
+    assert (stepped - whole.logits_TV).abs().max() < 1e-12
+    assert any((place / ratio).is_integer() for place in range(1, 80))
+
+
+# largest difference of logits, share of equal decisions, distance from the threshold of the others
+LOWER_PRECISION = {torch.float32: (1e-4, 0.999, 1e-6), torch.bfloat16: (0.15, 0.995, 2e-3)}
+
+
+@pytest.mark.parametrize("dtype", LOWER_PRECISION, ids=str)
 def test_decoding_in_lower_precision_stays_close(dtype: torch.dtype) -> None:
-    """Peers' list 37: the same decisions on at least 99.9 % of tokens in fp32, 97 % in bf16."""
-    tolerance, agreement = {torch.float32: (1e-4, 0.999), torch.bfloat16: (0.15, 0.97)}[dtype]
-    model = tiny_model().to(dtype)
-    agreed, tokens = 0, 0
-    for tokens_T in random_documents([32] * 6, seed=35):
-        state, decisions, logits = DecodeState(), [], []
-        for token in tokens_T:
-            concepts = state.num_concepts
-            logits.append(decode_step(model, state, int(token)))
-            decisions.append(state.num_concepts > concepts)
-        whole = model(tokens_T, torch.tensor([0, 32]))
-        same = torch.tensor(decisions) == whole.boundary_mask_T
-        agreed, tokens = agreed + int(same.sum()), tokens + 32
-        if bool(same.all()):
-            difference = (torch.stack(logits) - whole.logits_TV).float()
-            scale = whole.logits_TV.float().square().mean().sqrt()
-            assert difference.square().mean().sqrt() / scale < tolerance
+    """Peers' list 37: the same decisions on 99.9 % of tokens in fp32, on 99.5 % in bf16.
+
+    In bf16 the encoder rounds a row otherwise alone than among others. That moves decisions within
+    0.002 of the threshold and no others.
+    """
+    tolerance, agreement, margin = LOWER_PRECISION[dtype]
+    agreed, tokens, clear = 0, 0, 0
+    for seed in range(3):
+        model = tiny_model(seed=seed).to(dtype)
+        for tokens_T in random_documents([32] * 16, seed=35 + seed):
+            stepped, state = decode(model, tokens_T)
+            with torch.no_grad():
+                whole = model(tokens_T, torch.tensor([0, 32]))
+            mask_T = run_starts(state)
+            same_T = mask_T == whole.boundary_mask_T
+            is_clear_T = (whole.boundary_prob_T - 0.5).abs() > margin
+            assert bool(same_T[is_clear_T].all())
+            agreed, tokens = agreed + int(same_T.sum()), tokens + 32
+            clear += int(is_clear_T.sum())
+            if bool(same_T.all()):
+                difference = (stepped - whole.logits_TV).float()
+                scale = whole.logits_TV.float().square().mean().sqrt()
+                assert difference.square().mean().sqrt() / scale < tolerance
     assert agreed / tokens >= agreement
+    assert clear / tokens > 0.98, "few decisions are left out"
+
+
+def run_starts(state: DecodeState) -> Tensor:
+    """Boundaries of the tokens that were decoded, bool."""
+    starts = [[True] + [False] * (length - 1) for length in state.run_lengths]
+    return torch.tensor([start for run in starts for start in run])
+
+
+def test_the_moving_average_is_carried_in_fp32() -> None:
+    """In bf16 a small step towards a concept is lost altogether, and the average stands still."""
+    model = tiny_model().to(torch.bfloat16)
+    generator = torch.Generator().manual_seed(37)
+    concept_MC = (1 + 0.2 * torch.rand(600, 24, generator=generator)).bfloat16()
+    weight_M = torch.full((600,), 0.01)
+    packing = packing_from_offsets(torch.tensor([0, 600]))
+    expected = exponential_smoothing(concept_MC.double(), weight_M, packing)
+    state, coarse, steps = DecodeState(), concept_MC[:1], []
+    for concept_1C, weight in zip(concept_MC.split(1), weight_M, strict=True):
+        steps.append(decoding._smooth_step(model, state, concept_1C, weight))
+        mixed = weight * concept_1C.float() + (1 - weight) * coarse.float()
+        coarse = mixed.bfloat16()
+    assert state.smooth_1C.dtype == torch.float32
+    assert (state.smooth_1C - expected[-1]).abs().max() < 1e-5
+    assert (torch.cat(steps) / expected - 1).abs().max() < 2**-8, "one rounding"
+    assert (coarse - expected[-1]).abs().max() > 1e-2, "the control must show the difference"
+
+
+def test_counts_are_not_rounded_to_half_precision() -> None:
+    """With equal scores concept k weighs n_k / n; logs rounded to bf16 are off by a per cent."""
+    model = tiny_model(token_kv_heads=4).to(torch.bfloat16)
+    runs = [1000, 700, 300, 7]
+    value = torch.eye(4).unsqueeze(1).expand(4, 4, 4).bfloat16()
+    state = DecodeState(concept_key=torch.zeros_like(value), concept_value=value, run_lengths=runs)
+    with torch.no_grad():
+        model.concept_reader.wo.weight.copy_(torch.eye(16))
+        hidden_1D = torch.randn(1, 16, generator=torch.Generator().manual_seed(38)).bfloat16()
+        read_1D = decoding._read_concepts(model, state, hidden_1D)
+    expected = torch.tensor(runs, dtype=torch.float64).div(sum(runs)).repeat(4)
+    assert (read_1D[0] / expected - 1).abs().max() <= 2**-8, "one rounding of the result"

@@ -175,7 +175,7 @@ def test_every_document_starts_with_a_boundary_even_at_probability_zero() -> Non
 def test_fixed_boundaries_come_every_r_tokens_of_each_document(ratio: float) -> None:
     """Peers' list 35: R = 1 is every token, a huge R only the first; no division by zero."""
     packing = packing_from_offsets(torch.tensor([0, 100, 101, 141]), 141)
-    mask_T = fixed_boundaries(packing, ratio)
+    mask_T = fixed_boundaries(packing.position, ratio)
     for start, stop in ((0, 100), (100, 101), (101, 141)):
         inside = mask_T[start:stop]
         assert bool(inside[0])
@@ -183,6 +183,19 @@ def test_fixed_boundaries_come_every_r_tokens_of_each_document(ratio: float) -> 
         assert int(inside.sum()) == math.floor((stop - start - 1) / ratio) + 1
     if ratio == 4.0:
         assert mask_T[101:].nonzero().flatten().tolist() == list(range(0, 40, 4))
+
+
+@pytest.mark.parametrize("ratio", [1.1, 2.2, 3.7, 2.5])
+def test_fixed_boundaries_alone_and_together_are_the_same(ratio: float) -> None:
+    """Decoding asks for one position at a time; a quotient near an integer must fall alike."""
+    position = torch.arange(20_000)
+    together = fixed_boundaries(position, ratio)
+    assert together.tolist() == [bool(fixed_boundaries(one, ratio)) for one in position]
+    integer = (position.double() / ratio).frac() == 0
+    assert integer.any(), "some quotient is an integer, or rounded to one"
+    floor_division = torch.tensor([int(one) // ratio for one in position])
+    other = floor_division > torch.tensor([(int(one) - 1) // ratio for one in position])
+    assert torch.equal(other, together) == (ratio == 2.5), "the control must show the difference"
 
 
 @pytest.mark.parametrize("limit", [2, 3, 5])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
-from megadlcm.ops.cross_entropy import IGNORE_INDEX, token_cross_entropy
+from megadlcm.ops.cross_entropy import token_cross_entropy
 
 
 def test_losses_are_negative_log_likelihoods_in_nats() -> None:
@@ -19,14 +20,23 @@ def test_losses_are_negative_log_likelihoods_in_nats() -> None:
     assert math.isclose(float(uniform), math.log(11), rel_tol=1e-6)
 
 
-def test_tokens_without_a_label_lose_nothing_and_get_no_gradient() -> None:
-    """The sum over a pack is then the sum over its labelled tokens."""
-    logits_TV = torch.randn(4, 5, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    loss_T = token_cross_entropy(logits_TV, torch.tensor([1, IGNORE_INDEX, 2, IGNORE_INDEX]))
-    assert loss_T[1] == loss_T[3] == 0
-    loss_T.sum().backward()
-    assert not logits_TV.grad[[1, 3]].any()
-    assert logits_TV.grad[[0, 2]].any()
+def test_gradients_are_probabilities_less_the_label() -> None:
+    """softmax - onehot, scaled by what the caller divides by."""
+    generator = torch.Generator().manual_seed(1)
+    logits_TV = torch.randn(6, 11, generator=generator, dtype=torch.float64).requires_grad_()
+    labels_T = torch.tensor([0, 10, 3, 3, 7, 1])
+    weight_T = torch.rand(6, generator=generator, dtype=torch.float64)
+    (token_cross_entropy(logits_TV, labels_T) * weight_T).sum().backward()
+    expected = logits_TV.detach().softmax(-1) - torch.eye(11, dtype=torch.float64)[labels_T]
+    assert (logits_TV.grad - expected * weight_T.unsqueeze(1)).abs().max() < 1e-15
+
+
+@pytest.mark.parametrize("label", [-100, -1, 5, 1000])
+def test_a_label_outside_of_the_vocabulary_is_an_error(label: int) -> None:
+    """Also -100, which torch passes over: the objective counts every token of a batch."""
+    labels_T = torch.tensor([1, label, 2])
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        token_cross_entropy(torch.zeros(3, 5), labels_T)
 
 
 def test_half_precision_logits_are_widened_first() -> None:

@@ -19,6 +19,14 @@ def test_positions_restart_in_each_document() -> None:
     assert packing.cu_seqlens.dtype == torch.int32
 
 
+def test_offsets_alone_say_how_many_rows_there_are() -> None:
+    """Concepts are packed like that: their number is only on the device."""
+    packing = packing_from_offsets(torch.tensor([0, 3, 4]))
+    assert (packing.num_rows, packing.position.tolist()) == (4, [0, 1, 2, 0])
+    with pytest.raises(ValueError, match="must run from 0"):
+        packing_from_offsets(torch.tensor([1, 3]))
+
+
 @pytest.mark.parametrize("offsets", [[0, 2, 2, 5], [0, 0, 5], [0, 5, 5], [0, 3, 1, 5]])
 def test_a_document_without_rows_is_named(offsets: list[int]) -> None:
     """Peers' list 12: a clear error instead of another document's first token."""

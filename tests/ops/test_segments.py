@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megadlcm.ops.packing import Packing, packing_from_offsets
 from megadlcm.ops.segments import ConceptLayout, concept_layout, replicate, segment_mean
@@ -85,6 +88,9 @@ def test_the_layout_equals_a_loop_over_tokens(align: str, documents: list[list[b
     for concept in range(layout.num_concepts):
         assert layout.pooled_count_M[concept] == expected["pooled"].count(concept)
         assert layout.run_length_M[concept] == expected["visible"].count(concept)
+        stop, count = int(layout.pool_stop_M[concept]), int(layout.pooled_count_M[concept])
+        members = [token for token, pool in enumerate(expected["pooled"]) if pool == concept]
+        assert list(range(stop - count, stop)) == members
 
 
 @pytest.mark.parametrize("align", ALIGNS)
@@ -219,3 +225,94 @@ def test_replication_repeats_each_concept_over_its_run() -> None:
     concept_M = torch.arange(layout.num_concepts)
     expected = concept_M.repeat_interleave(layout.run_length_M)
     assert torch.equal(replicate(concept_M, layout), expected)
+
+
+@pytest.mark.parametrize("align", ALIGNS)
+def test_the_gradient_of_replication_is_the_sum_of_each_run(align: str) -> None:
+    """Gradcheck, and a loop; once more for the gradient of the gradient."""
+    layout = random_layout(17, 0.4, align, num_documents=3, seed=6)
+    generator = torch.Generator().manual_seed(7)
+    shape = (layout.num_concepts, 2, 3)
+    concept_MKH = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda concept: replicate(concept, layout), concept_MKH)
+    assert torch.autograd.gradgradcheck(lambda concept: replicate(concept, layout), concept_MKH)
+    upstream_TKH = torch.randn(17, 2, 3, generator=generator, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(replicate(concept_MKH, layout), concept_MKH, upstream_TKH)
+    for concept in range(layout.num_concepts):
+        expected = upstream_TKH[layout.visible_concept_T == concept].sum(0)
+        torch.testing.assert_close(gradient[concept], expected, rtol=1e-14, atol=1e-14)
+
+
+def test_the_gradient_of_replication_is_summed_in_fp32() -> None:
+    """bf16 counts to 256 and stays there; a run of a thousand tokens must count to a thousand."""
+    packing = packing_from_offsets(torch.tensor([0, 1000]), 1000)
+    layout = concept_layout(packing.position == 0, packing, "end")
+    concept_M = torch.ones(1, dtype=torch.bfloat16).requires_grad_()
+    replicate(concept_M, layout).sum().backward()
+    assert concept_M.grad.dtype == torch.bfloat16
+    assert concept_M.grad == 1000
+
+
+class OpRecorder(TorchDispatchMode):
+    """Names of the operations that run below it, those of the backward pass included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def scattered(self) -> list[str]:
+        """Additions that a GPU does in any order."""
+        words = ("index_add", "index_put", "scatter", "bincount")
+        return [name for name in self.names if any(word in name for word in words)]
+
+
+@pytest.mark.parametrize("align", ALIGNS)
+def test_nothing_is_added_in_an_order_that_a_gpu_chooses(align: str) -> None:
+    """Peers' list 19, without a GPU."""
+    hidden_TD = torch.randn(60, 4, generator=torch.Generator().manual_seed(8)).requires_grad_()
+    with OpRecorder() as recorder:
+        layout = random_layout(60, 0.3, align, num_documents=3)
+        replicate(segment_mean(hidden_TD, layout), layout).sum().backward()
+    assert any("segment_reduce" in name for name in recorder.names)
+    assert not recorder.scattered
+    with OpRecorder() as control:
+        hidden_TD.index_select(0, layout.visible_concept_T).sum().backward()
+    assert control.scattered
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device; a GPU would provide it")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("align", ALIGNS)
+def test_pooling_and_replication_are_bitwise_deterministic_on_a_gpu(
+    align: str, dtype: torch.dtype
+) -> None:
+    """Peers' list 19: twenty runs, values and gradients, which are those of the CPU."""
+    num_tokens = 20_000
+    generator = torch.Generator().manual_seed(8)
+    offsets = torch.linspace(0, num_tokens, 6).long()
+    mask_T = torch.rand(num_tokens, generator=generator) < 0.02
+    hidden_TD = torch.randn(num_tokens, 64, generator=generator).to(dtype)
+    upstream_TD = torch.randn(num_tokens, 64, generator=generator).to(dtype)
+
+    def run(device: str) -> tuple[Tensor, ...]:
+        packing = packing_from_offsets(offsets.to(device), num_tokens)
+        layout = concept_layout(mask_T.to(device) | (packing.position == 0), packing, align)
+        input_TD = hidden_TD.to(device).requires_grad_()
+        pooled_MD = segment_mean(input_TD, layout)
+        repeated_TD = replicate(pooled_MD, layout)
+        gradients = torch.autograd.grad(repeated_TD, (input_TD, pooled_MD), upstream_TD.to(device))
+        return pooled_MD.detach().cpu(), *(part.cpu() for part in gradients)
+
+    first = run("cuda")
+    for again in (run("cuda") for _ in range(19)):
+        assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
+    for pair in zip(first, run("cpu"), strict=True):
+        torch.testing.assert_close(*pair)

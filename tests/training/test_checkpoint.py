@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -312,6 +313,18 @@ def test_the_loaded_model_is_the_trained_one(make_run: MakeRun, architecture: st
     if isinstance(newest, DLCM):
         assert torch.equal(loaded.boundary_prob_T, expected.boundary_prob_T)
         assert torch.equal(loaded.boundary_mask_T, expected.boundary_mask_T)
+
+
+@pytest.mark.parametrize("backend", ["flash_attn", "varlen"])
+def test_the_model_of_a_run_with_a_kernel_runs_without_it(make_run: MakeRun, backend: str) -> None:
+    config = make_run()
+    engine = train(config, 1)
+    shape = dataclasses.replace(config.model, attention_backend=backend)
+    save(engine, dataclasses.replace(config, model=shape), TrainState(step=1))
+    loaded = load_model(config.output_dir)
+    with torch.no_grad():
+        expected = engine.model.eval()(*documents(config)).logits_TV
+        assert torch.equal(loaded(*documents(config)).logits_TV, expected)
 
 
 def test_the_model_of_a_bf16_run_is_its_fp32_master(make_run: MakeRun) -> None:
