@@ -21,7 +21,6 @@ import dataclasses
 import json
 import shlex
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -263,8 +262,8 @@ def main() -> None:
     )
     config = load_config(arguments.config, [*arguments.overrides, *fixed])
     result = measure(config, arguments.rounds, arguments.steps)
-    command = shlex.join(["python", "-m", "benchmarks.throughput", *sys.argv[1:]])
-    text = json.dumps({"command": command} | result, indent=1)
+    words = ["python", "-m", "benchmarks.throughput", str(arguments.config), *arguments.overrides]
+    text = json.dumps({"command": shlex.join(words)} | result, indent=1)
     print(text)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(text + "\n")
