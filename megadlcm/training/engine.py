@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 OLDEST_DEEPSPEED = (0, 19, 8)
 FIRST_UNKNOWN_DEEPSPEED = (0, 20)
+_NORM_PIECE = 1 << 14
 BUCKET_ELEMENTS = 50_000_000
 """Elements that are communicated at once; DeepSpeed's default would allocate 2 GB for them."""
 
@@ -186,14 +187,8 @@ class TrainingEngine:
         Returns:
             fp64 (groups,), on the device.
         """
-        sums = []
-        for gradients in self._gradients():
-            if gradients:
-                norms = torch.stack(torch._foreach_norm(gradients))
-                sums.append(norms.double().square().sum())
-            else:
-                sums.append(torch.zeros((), dtype=torch.float64, device=self.mesh.device))
-        return torch.stack(sums)
+        device = self.mesh.device
+        return torch.stack([square_sum(gradients, device) for gradients in self._gradients()])
 
     def _gradients(self) -> list[list[Tensor]]:
         zero = self.zero_optimizer
@@ -211,6 +206,26 @@ class TrainingEngine:
                 groups[zero.sub_group_to_group_id[sub_group]].extend(gradients)
             return groups
         return [list(zero.averaged_gradients[index]) for index in range(len(self.mup_groups))]
+
+
+def square_sum(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """Sum of the squares of all elements.
+
+    A CPU adds millions of fp32 squares one after the other and loses four digits of ten, which
+    would make the norm depend on how parameters are partitioned: there, pieces are added in fp64.
+
+    Args:
+        tensors: fp32 or wider, of any shapes; may be empty.
+        device: where they are.
+
+    Returns:
+        fp64 scalar.
+    """
+    if not tensors:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    if device.type == "cpu":
+        tensors = [piece for whole in tensors for piece in whole.flatten().split(_NORM_PIECE)]
+    return torch.stack(torch._foreach_norm(tensors)).double().square().sum()
 
 
 def build_engine(model: LanguageModel, config: RunConfig, mesh: ParallelMesh) -> TrainingEngine:

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from data_pipeline.errors import InputError
 from megadlcm.config import RunConfig
 from megadlcm.training.engine import (
     check_deepspeed_version,
     deepspeed_dictionary,
+    square_sum,
 )
 from megadlcm.training.state import TrainState
 from megadlcm.training.step import TrainStep
@@ -88,6 +90,18 @@ def test_a_deepspeed_whose_arithmetic_was_not_checked_is_refused(version: str) -
 def test_the_pinned_deepspeed_is_accepted(version: str) -> None:
     check_deepspeed_version(version)
     check_deepspeed_version()
+
+
+def test_the_norm_of_millions_of_elements_keeps_its_digits() -> None:
+    """Else it would depend on how ZeRO cuts the parameters; torch's own sum in fp32 does."""
+    gradient = 1e-4 * torch.randn(3_000_000, generator=torch.Generator().manual_seed(0))
+    exact = float(gradient.double().square().sum())
+    cpu = torch.device("cpu")
+    whole, parts = [gradient.view(3000, 1000)], list(gradient.split(1_100_000))
+    assert float(square_sum(whole, cpu)) == pytest.approx(exact, rel=1e-7)
+    assert float(square_sum(parts, cpu)) == pytest.approx(exact, rel=1e-7)
+    assert abs(float(gradient.norm()) ** 2 / exact - 1) > 1e-5
+    assert float(square_sum([], cpu)) == 0.0
 
 
 @pytest.mark.parametrize(
