@@ -65,7 +65,7 @@ class BareLoop:
         self.model.to(self.device)
         if isinstance(self.model, DLCM):
             self.model.boundary_detector.offset.fill_(calibration_offset)
-        self.objective = Objective(config, mesh, 1)
+        self.objective = Objective(config, mesh)
         self.controller = RatioController(config)
         self.optimizer = build_optimizer(self.model, config)
         self.state = TrainState()
@@ -80,6 +80,9 @@ class BareLoop:
             output = self.model(batch.tokens_T, batch.cu_seqlens, batch.sampling)
         totals = StepTotals(batch.tokens_T.numel(), None)
         loss, stats = self.objective(output, batch.labels_T, totals)
+        if output.boundary is not None:
+            ratio = self.objective.ratio_loss(output.boundary, output.packing, totals)
+            loss = loss if ratio is None else loss + ratio
         loss.backward()
         parameters = list(self.model.parameters())
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.training.max_grad_norm)

@@ -19,7 +19,6 @@ from data_pipeline.output_folder import make_output_folder
 from data_pipeline.samples import SourceSummary, check_sources
 from data_pipeline.tokenizer import load_tokenizer
 from megadlcm.config import RunConfig
-from megadlcm.model import build_model
 from megadlcm.model.language_model import attention_backend
 from megadlcm.parallel.mesh import (
     ParallelMesh,
@@ -27,6 +26,7 @@ from megadlcm.parallel.mesh import (
     join_process_group,
     launch_environment,
 )
+from megadlcm.parallel.partition import build_stage_model, make_partition
 from megadlcm.training.checkpoint import resume
 from megadlcm.training.engine import build_engine
 from megadlcm.training.metrics import MetricsWriter
@@ -56,7 +56,7 @@ def run(config: RunConfig) -> int:
     sources = check_training_sources(config)
     check_launch(config)
     make_output_folder(Path(config.output_dir), "output_dir =")
-    mesh = join_process_group()
+    mesh = join_process_group(config.parallel)
     handler = configure_logging(config, mesh)
     try:
         with open_trainer(config, mesh) as trainer:
@@ -95,8 +95,9 @@ def open_trainer(config: RunConfig, mesh: ParallelMesh) -> Iterator[Trainer]:
     """
     sources = check_training_sources(config)
     torch.manual_seed(config.seed)
-    model = build_model(config.model, config.mup, seed=config.seed)
-    engine = build_engine(model, config, mesh)
+    partition = make_partition(config)
+    model = build_stage_model(config, mesh, partition)
+    engine = build_engine(model, config, mesh, partition)
     identity = data_identity(config)
     resumed = resume(engine, config, identity)
     state = resumed or TrainState()
@@ -170,7 +171,8 @@ def check_launch(config: RunConfig) -> None:
             an attention back-end that cannot run on it.
     """
     launch = launch_environment()
-    config.training.gradient_accumulation_steps(launch.world_size)
+    replicas = config.parallel.data_parallel_size(launch.world_size)
+    config.training.gradient_accumulation_steps(replicas)
     device = choose_device(launch.local_rank)
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     try:

@@ -20,7 +20,8 @@ from data_pipeline.tokenizer import load_tokenizer
 from megadlcm import pretrain
 from megadlcm.config import RunConfig
 from megadlcm.model import build_model
-from megadlcm.model.output import ModelOutput
+from megadlcm.model.chunking import BoundaryOutput
+from megadlcm.ops.packing import Packing
 from megadlcm.parallel.mesh import join_process_group
 from megadlcm.training import engine as engine_module
 from megadlcm.training import tensors
@@ -139,16 +140,16 @@ def learning_rates_by_name(config: RunConfig) -> dict[str, float]:
 
 def local_fraction_step(config: RunConfig) -> LayoutStep:
     """The mistake to guard against: each rank steers by the boundary fraction of its own tokens."""
-    exact = Objective.__call__
+    exact = Objective.ratio_loss
 
     def local(
-        self: Objective, output: ModelOutput, labels_T: Tensor, totals: StepTotals
-    ) -> MicroBatchResult:
-        fraction = output.boundary_mask_T.double().mean()
-        return exact(self, output, labels_T, StepTotals(totals.num_tokens, fraction))
+        self: Objective, boundary: BoundaryOutput, packing: Packing, totals: StepTotals
+    ) -> Tensor | None:
+        fraction = boundary.mask_T.double().mean()
+        return exact(self, boundary, packing, StepTotals(totals.num_tokens, fraction))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Objective, "__call__", local)
+        patch.setattr(Objective, "ratio_loss", local)
         return _sgd_step(config)
 
 
@@ -202,7 +203,7 @@ def evaluation_row(config: RunConfig) -> dict[str, Any]:
     eos_id = load_tokenizer(pretrain.check_training_sources(config).tokenizer).eos_id
     evaluator = Evaluator(config, engine.mesh, eos_id)
     with engine.whole_model() as model:
-        return evaluator.run(model)
+        return evaluator.run(model, engine.pipeline.outputs)
 
 
 @dataclass(frozen=True)

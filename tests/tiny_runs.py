@@ -12,8 +12,8 @@ from data_pipeline.loader import StepLoader
 from data_pipeline.tokenizer import train_tokenizer
 from data_pipeline.write_shards import PrepareOptions, prepare
 from megadlcm.config import RunConfig, config_from_dict
-from megadlcm.model import build_model
 from megadlcm.parallel.mesh import join_process_group
+from megadlcm.parallel.partition import build_stage_model
 from megadlcm.training.engine import TrainingEngine, build_engine
 
 VOCAB_SIZE = 300
@@ -117,9 +117,9 @@ def tiny_run(corpus: Path, output_dir: Path, **sections: Any) -> RunConfig:
 
 
 def tiny_engine(config: RunConfig) -> TrainingEngine:
-    """A fresh engine in a process group of one."""
-    model = build_model(config.model, config.mup, seed=config.seed)
-    return build_engine(model, config, join_process_group())
+    """A fresh engine on the layout of its config."""
+    mesh = join_process_group(config.parallel)
+    return build_engine(build_stage_model(config, mesh), config, mesh)
 
 
 def step_loader(config: RunConfig, start_sample: int = 0) -> StepLoader:

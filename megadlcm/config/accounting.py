@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from megadlcm.config.model import ModelConfig
+from megadlcm.config.model import LEARNED_MODES, ModelConfig
 
-LEARNED_MODES = ("learned_global", "learned_local", "ema_ste")
 _FFN_MULTIPLE = 256
 
 

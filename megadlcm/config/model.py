@@ -16,6 +16,8 @@ ConceptWeighting = Literal["count", "uniform"]
 AttentionBackend = Literal["auto", "reference", "flash_attn", "varlen"]
 Smoothing = Literal["ema", "none"]
 
+LEARNED_MODES = ("learned_global", "learned_local", "ema_ste")
+"""Modes whose boundary detector has parameters."""
 _CHOICES = {
     "architecture": Architecture,
     "boundary_mode": BoundaryMode,
@@ -148,6 +150,12 @@ class ModelConfig:
     def num_layers(self) -> int:
         """Blocks of all stacks together."""
         return self.encoder_layers + self.backbone_layers + self.decoder_layers
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether a fresh run sets the offset of its boundary detector from the first batch."""
+        learned = self.architecture == "dlcm" and self.boundary_mode in LEARNED_MODES
+        return learned and self.boundary_calibration
 
     @property
     def token_head_size(self) -> int:

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from data_pipeline.errors import InputError
-from megadlcm.config.rules import require_at_least, require_choice
+from megadlcm.config.model import ModelConfig
+from megadlcm.config.rules import require_at_least, require_choice, require_positive
 
-Recompute = Literal["none", "block"]
+Recompute = Literal["none", "selective", "block"]
+PipelinePlacement = Literal["linear", "folded"]
 
 
 @dataclass(frozen=True)
@@ -28,21 +30,84 @@ class ParallelConfig:
     """Whether norms and residuals are split over the tensor parallel processes."""
 
     recompute: Recompute = "none"
-    """`block` keeps only the input of each block and computes the rest again in backward."""
+    """`block` keeps only the input of each block and computes the rest again in backward;
+    `selective` keeps what matrix products and attention made and computes only the rest again."""
+
+    pipeline_placement: PipelinePlacement = "linear"
+    """`linear` gives each stage one piece of the model; `folded` gives it two, so that encoder and
+    decoder meet on the same stages."""
+
+    collective_timeout_seconds: float = 600.0
+    """How long a process waits for the others before the run ends with their names."""
+
+    check_agreement: bool = False
+    """Whether tensor parallel processes compare their boundary decisions bit by bit."""
 
     def __post_init__(self) -> None:
-        """Checks the ranges and refuses the axes that are not trained yet; raises InputError."""
+        """Checks the ranges; raises InputError."""
         require_at_least("parallel", self, 1, "tensor_parallel_size", "pipeline_parallel_size")
         require_choice("parallel", self, "zero_stage", (0, 1, 2, 3))
         require_choice("parallel", self, "recompute", get_args(Recompute))
-        for key in ("tensor_parallel_size", "pipeline_parallel_size"):
-            if getattr(self, key) > 1:
-                raise InputError(
-                    f"parallel.{key} = {getattr(self, key)}, must be 1: this version trains with "
-                    "data parallelism only; raise parallel.zero_stage to save memory"
-                )
-        if self.sequence_parallel:
+        require_choice("parallel", self, "pipeline_placement", get_args(PipelinePlacement))
+        require_positive("parallel", self, "collective_timeout_seconds")
+        if self.pipeline_parallel_size > 1 and self.zero_stage > 1:
             raise InputError(
-                "parallel.sequence_parallel = true needs parallel.tensor_parallel_size > 1, and "
-                "this version trains with data parallelism only; leave it false"
+                f"parallel.zero_stage = {self.zero_stage}, must be 0 or 1 with "
+                f"parallel.pipeline_parallel_size = {self.pipeline_parallel_size}: gradients of a "
+                "stage are summed over many micro-batches before they may be shared out; set "
+                "parallel.zero_stage=1"
+            )
+        if self.sequence_parallel and self.tensor_parallel_size == 1:
+            raise InputError(
+                "parallel.sequence_parallel = true needs parallel.tensor_parallel_size > 1: it "
+                "splits rows over those processes; leave it false"
+            )
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes that hold one replica of the model together."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Replicas of the model among the processes.
+
+        Args:
+            world_size: processes of the run.
+
+        Returns:
+            The data parallel size.
+
+        Raises:
+            InputError: the processes cannot be shared out.
+        """
+        if world_size % self.model_parallel_size:
+            raise InputError(
+                f"world size = {world_size}, must be a multiple of "
+                f"parallel.tensor_parallel_size * parallel.pipeline_parallel_size = "
+                f"{self.tensor_parallel_size} * {self.pipeline_parallel_size}; start "
+                f"{self.model_parallel_size} processes or a multiple, or change these keys"
+            )
+        return world_size // self.model_parallel_size
+
+
+def check_split(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Refuses a tensor parallel size that does not divide the model.
+
+    Args:
+        model: shape of the model.
+        parallel: size of each axis.
+
+    Raises:
+        InputError: heads, widths or vocabulary do not divide.
+    """
+    keys = ["vocab_size", "token_heads", "token_kv_heads", "token_ffn_size"]
+    if model.architecture == "dlcm":
+        keys += ["concept_heads", "concept_kv_heads", "concept_ffn_size"]
+    size = parallel.tensor_parallel_size
+    for key in keys:
+        value = getattr(model, key)
+        if value % size:
+            raise InputError(
+                f"model.{key} = {value}, must be divisible by parallel.tensor_parallel_size = "
+                f"{size}: each of these processes holds an equal part; change one of them"
             )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import InputError
 from megadlcm.config.model import ModelConfig
-from megadlcm.config.parallel import ParallelConfig
+from megadlcm.config.parallel import ParallelConfig, check_split
 from megadlcm.config.rules import require_at_least
 from megadlcm.config.training import (
     CheckpointConfig,
@@ -75,6 +75,7 @@ class RunConfig:
                 "training.precision = bf16 with parallel.zero_stage = 0 would keep no fp32 master "
                 "weights; set parallel.zero_stage=1"
             )
+        check_split(self.model, self.parallel)
 
     @property
     def step_tokens(self) -> int:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from megadlcm.config import ModelConfig
+from megadlcm.config.model import LEARNED_MODES
+from megadlcm.model.seams import WHOLE, Seams
 from megadlcm.model.transformer import Linear, RMSNorm
 from megadlcm.ops.attention import concept_attention
 from megadlcm.ops.boundary import (
@@ -29,7 +31,6 @@ from megadlcm.ops.rotary import rotate, rotation
 from megadlcm.ops.segments import ConceptLayout, segment_mean
 from megadlcm.ops.smoothing import exponential_smoothing
 
-LEARNED_MODES = ("learned_global", "learned_local", "ema_ste")
 _THRESHOLD_MOMENTUM = 0.9
 
 
@@ -76,10 +77,16 @@ class BoundaryDetector(nn.Module):
         learned = config.boundary_mode in LEARNED_MODES
         self.w_q = WideLinear(config.d_token, size) if learned else None
         self.w_k = WideLinear(config.d_token, size) if learned else None
-        fixed_threshold = 0.5 if config.rule_threshold is None else config.rule_threshold
-        initial = fixed_threshold if config.boundary_mode == "rule" else 0.5
         self.register_buffer("offset", torch.zeros((), dtype=torch.float32))
-        self.register_buffer("threshold", torch.full((), initial, dtype=torch.float32))
+        self.register_buffer("threshold", torch.zeros((), dtype=torch.float32))
+        self.reset_buffers()
+        self.seams: Seams = WHOLE
+
+    def reset_buffers(self) -> None:
+        """Sets offset and threshold to what a fresh run starts with."""
+        fixed = 0.5 if self.config.rule_threshold is None else self.config.rule_threshold
+        self.offset.zero_()
+        self.threshold.fill_(fixed if self.config.boundary_mode == "rule" else 0.5)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BoundaryDetector:
         # a model cast to bf16 must not round these two numbers: follow the device, keep the type
@@ -94,7 +101,7 @@ class BoundaryDetector(nn.Module):
     @property
     def calibrates(self) -> bool:
         """Whether the offset is to be set from the first batch of a run."""
-        return self.config.boundary_calibration and self.config.boundary_mode in LEARNED_MODES
+        return self.config.calibrates
 
     @property
     def tracks_threshold(self) -> bool:
@@ -121,10 +128,13 @@ class BoundaryDetector(nn.Module):
             return BoundaryOutput(mask_T.to(cosine_T.dtype), mask_T, mask_T, cosine_T)
         prob_T = boundary_probability(cosine_T, packing, self.offset)
         threshold_T = self._limited(threshold_boundaries(prob_T, packing, self.threshold), packing)
+        mask_T = threshold_T
         if self.training and config.boundary_mode in LEARNED_MODES:
             drawn_T = sample_boundaries(prob_T, config.sharpening, sampling, packing)
-            return BoundaryOutput(prob_T, self._limited(drawn_T, packing), threshold_T, cosine_T)
-        return BoundaryOutput(prob_T, threshold_T, threshold_T, cosine_T)
+            mask_T = self._limited(drawn_T, packing)
+        # one flipped token would give the processes of a layer different numbers of concepts
+        mask_T, threshold_T = self.seams.agree(torch.stack([mask_T, threshold_T])).unbind()
+        return BoundaryOutput(prob_T, mask_T, threshold_T, cosine_T)
 
     def cosine(self, hidden_TD: Tensor) -> Tensor:
         """Cosine of each token with its predecessor, fp32 or wider (T,)."""
@@ -207,6 +217,7 @@ class ConceptReader(nn.Module):
         self.wo = Linear(config.d_token, config.d_token)
         self.query_norm = RMSNorm(self.head_size, config.norm_eps)
         self.key_norm = RMSNorm(self.head_size, config.norm_eps)
+        self.seams: Seams = WHOLE
 
     def forward(
         self,
@@ -227,7 +238,7 @@ class ConceptReader(nn.Module):
         read_TNH = concept_attention(
             query, key, value, packing, layout, self.config.concept_weighting, backend
         )
-        read_TD = self.wo(read_TNH.flatten(1))
+        read_TD = self.seams.sum_from_layer(self.wo(read_TNH.flatten(1)))
         if self.config.boundary_mode == "ema_ste":
             read_TD = read_TD * _straight_through_confidence(boundary).to(read_TD.dtype)
         return hidden_TD + read_TD
@@ -243,12 +254,13 @@ class ConceptReader(nn.Module):
 
     def query(self, hidden_TD: Tensor, place_T: Tensor) -> Tensor:
         """Queries of tokens whose newest concept is the `place_T`-th of its document; (T, N, H)."""
-        query = self.wq(self.token_norm(hidden_TD)).unflatten(-1, (-1, self.head_size))
+        normed_TD = self.seams.copy_to_layer(self.token_norm(hidden_TD))
+        query = self.wq(normed_TD).unflatten(-1, (-1, self.head_size))
         return self._rotate(self.query_norm(query), place_T)
 
     def key_value(self, smooth_MC: Tensor, place_M: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the concepts at these places of their documents; (M, K, H) each."""
-        normed_MC = self.concept_norm(smooth_MC)
+        normed_MC = self.seams.copy_to_layer(self.concept_norm(smooth_MC))
         key = self.wk(normed_MC).unflatten(-1, (-1, self.head_size))
         value = self.wv(normed_MC).unflatten(-1, (-1, self.head_size))
         return self._rotate(self.key_norm(key), place_M), value

@@ -178,7 +178,9 @@ def _stack_step(stack: Stack, cache: StackCache, states_1D: Tensor) -> Tensor:
         states_1D = states_1D + block.attention.wo(_attend(query, keys, values))
         states_1D = states_1D + block.feed_forward(block.feed_forward_norm(states_1D))
     cache.length += 1
-    return stack.norm(states_1D)
+    assert stack.norm is not None
+    normed_1D: Tensor = stack.norm(states_1D)
+    return normed_1D
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:

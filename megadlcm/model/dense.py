@@ -24,7 +24,7 @@ class Dense(LanguageModel):
     @property
     def stacks(self) -> list[Stack]:
         """The one stack."""
-        return [self.decoder]
+        return [self.decoder] if self.decoder is not None else []
 
     def forward(
         self, tokens_T: Tensor, cu_seqlens: Tensor, sampling: BoundarySampling | None = None
@@ -41,4 +41,4 @@ class Dense(LanguageModel):
         """
         packing = packing_from_offsets(cu_seqlens, tokens_T.numel())
         states_TD = self.decoder(self.token_embedding(tokens_T), packing, self.backend())
-        return ModelOutput(self.logits(states_TD), packing)
+        return ModelOutput(self.logits(states_TD), packing, vocabulary=self.vocabulary)

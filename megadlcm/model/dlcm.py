@@ -59,8 +59,9 @@ class DLCM(LanguageModel):
 
     @property
     def stacks(self) -> list[Stack]:
-        """The stacks of blocks, in the order of the computation."""
-        return [self.encoder, self.backbone, self.decoder]
+        """The stacks of blocks that are here, in the order of the computation."""
+        stacks: list[Stack | None] = [self.encoder, self.backbone, self.decoder]
+        return [stack for stack in stacks if stack is not None]
 
     def forward(
         self, tokens_T: Tensor, cu_seqlens: Tensor, sampling: BoundarySampling | None = None
@@ -86,7 +87,7 @@ class DLCM(LanguageModel):
             hidden_TD, concept_MC, boundary, packing, layout, backend
         )
         logits_TV = self.logits(self.decoder(fused_TD, packing, backend))  # Eq. 4
-        return ModelOutput(logits_TV, packing, boundary, layout)
+        return ModelOutput(logits_TV, packing, boundary, layout, self.vocabulary)
 
     def boundaries(
         self, tokens_T: Tensor, cu_seqlens: Tensor, sampling: BoundarySampling | None = None

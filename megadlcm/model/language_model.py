@@ -9,16 +9,31 @@ from torch import Tensor, nn
 
 from megadlcm.config import ModelConfig
 from megadlcm.model.output import ModelOutput
+from megadlcm.model.seams import WHOLE, Seams, is_own_token
 from megadlcm.model.transformer import Linear, Stack
 from megadlcm.ops.attention import choose_backend
 from megadlcm.ops.boundary import BoundarySampling
+from megadlcm.ops.cross_entropy import VocabularyPart
 
 
 class Embedding(nn.Embedding):
     """A token embedding without torch's own initialisation (see `scaling`)."""
 
+    def __init__(self, vocab_size: int, width: int) -> None:
+        super().__init__(vocab_size, width)
+        self.seams: Seams = WHOLE
+
     def reset_parameters(self) -> None:
         """Leaves the weights to `initialize_parameters`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Looks up tokens, (T,) to (T, D); processes that share the vocabulary add their parts."""
+        size = self.weight.shape[0]
+        if size == self.num_embeddings:
+            return super().forward(input)
+        local_T, own_T = is_own_token(input, self.seams.vocabulary_start(size), size)
+        found_TD = nn.functional.embedding(local_T, self.weight)
+        return self.seams.sum_from_layer(found_TD * own_T.unsqueeze(1))
 
 
 def attention_backend(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
@@ -43,11 +58,17 @@ class LanguageModel(nn.Module, ABC):
         self.output_scale = output_scale
         self.token_embedding = Embedding(config.vocab_size, config.d_token)
         self.lm_head = Linear(config.d_token, config.vocab_size)
+        self.seams: Seams = WHOLE
 
     @property
     @abstractmethod
     def stacks(self) -> list[Stack]:
         """The stacks of blocks, in the order of the computation."""
+
+    @property
+    def final_stack(self) -> Stack:
+        """The stack below the head."""
+        return self.stacks[-1]
 
     @abstractmethod
     def forward(
@@ -56,13 +77,21 @@ class LanguageModel(nn.Module, ABC):
         """Predicts the next token of each token of packed documents."""
 
     def logits(self, states_TD: Tensor) -> Tensor:
-        """Logits of the decoder's output, scaled for muP; (T, D) to (T, V)."""
+        """Logits of the decoder's output, scaled for muP; (T, D) to (T, V).
+
+        Of processes that share the vocabulary each holds its own part of V.
+        """
         # the narrow side is scaled: T x D numbers instead of T x V
-        return self.lm_head(states_TD * self.output_scale)
+        return self.lm_head(self.seams.copy_to_layer(states_TD * self.output_scale))
+
+    @property
+    def vocabulary(self) -> VocabularyPart | None:
+        """Puts parts of the vocabulary together; None if this process holds all of it."""
+        return None if self.seams is WHOLE else self.seams
 
     def backend(self) -> str:
         """The attention back-end in use, with `auto` resolved for the weights' device and type."""
-        weight = self.token_embedding.weight
+        weight = next(self.parameters())
         dtype = weight.dtype
         if torch.is_autocast_enabled(weight.device.type):
             dtype = torch.get_autocast_dtype(weight.device.type)
@@ -75,12 +104,13 @@ class LanguageModel(nn.Module, ABC):
         never drawn twice.
 
         Args:
-            mode: `none`, or `block` to keep only the input of each block.
+            mode: `none`; `block` to keep only the input of each block; `selective` to keep what
+                matrix products and attention made.
 
         Raises:
             ValueError: another mode.
         """
-        if mode not in ("none", "block"):
-            raise ValueError(f"recompute={mode!r} must be none or block")
+        if mode not in ("none", "selective", "block"):
+            raise ValueError(f"recompute={mode!r} must be none, selective or block")
         for stack in self.stacks:
-            stack.recompute = mode == "block"
+            stack.recompute = mode

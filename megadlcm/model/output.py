@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megadlcm.model.chunking import BoundaryOutput
+from megadlcm.ops.cross_entropy import VocabularyPart, token_cross_entropy
 from megadlcm.ops.packing import Packing
 from megadlcm.ops.segments import ConceptLayout
 
@@ -16,13 +17,19 @@ class ModelOutput:
     """Logits of a packed batch and, for DLCM, how it was segmented."""
 
     logits_TV: Tensor
-    """Unnormalised log-probabilities of the next token (T, V)."""
+    """Unnormalised log-probabilities of the next token (T, V), or of a part of the vocabulary."""
     packing: Packing
     """The documents."""
     boundary: BoundaryOutput | None = None
     """Scores and decisions of the detector; None for the dense control."""
     layout: ConceptLayout | None = None
     """The concepts; None for the dense control."""
+    vocabulary: VocabularyPart | None = None
+    """Puts parts of the vocabulary together; None if the logits have all of it."""
+
+    def token_losses(self, labels_T: Tensor) -> Tensor:
+        """Negative log-likelihood of each label, nats, fp32 or wider; int64 (T,) to (T,)."""
+        return token_cross_entropy(self.logits_TV, labels_T, self.vocabulary)
 
     @property
     def boundary_prob_T(self) -> Tensor | None:

@@ -134,31 +134,42 @@ def _init_std(
 def initialize_parameters(model: nn.Module, config: ModelConfig, mup: MupConfig, seed: int) -> None:
     """Draws the initial values of every parameter.
 
-    Each parameter has a generator of its own, seeded by (seed, name), so that its values do not
-    depend on which other parameters exist or where they live.
-
     Args:
-        model: the model, on a real device.
+        model: the whole model, on a real device.
         config: its shape.
         mup: base width and base standard deviation.
         seed: seed of the run.
     """
     rules = parameter_table(model, config, mup)
     for name, parameter in model.named_parameters():
-        std, group = rules[name].init_std, rules[name].group
-        if std is not None:
-            generator = _generator(seed, name)
-            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float32) * std
-            parameter.copy_(values)
-        elif group == "boundary":
-            parameter.copy_(_orthonormal(parameter, seed))
-        else:
-            parameter.fill_(1.0 if name.endswith("gain") else 0.0)
+        parameter.copy_(initial_value(name, parameter.shape, rules[name], seed))
 
 
-def _orthonormal(parameter: Tensor, seed: int) -> Tensor:
+def initial_value(name: str, shape: torch.Size, rule: ParameterRule, seed: int) -> Tensor:
+    """Draws the initial value of one parameter.
+
+    Each parameter has a generator of its own, seeded by (seed, name), so that its values do not
+    depend on which other parameters exist or where they live.
+
+    Args:
+        name: dotted name of the parameter.
+        shape: its whole shape.
+        rule: how it starts.
+        seed: seed of the run.
+
+    Returns:
+        fp32, of that shape, on the CPU.
+    """
+    if rule.init_std is not None:
+        return torch.randn(shape, generator=_generator(seed, name)) * rule.init_std
+    if rule.group == "boundary":
+        return _orthonormal(shape, seed)
+    return torch.full(shape, 1.0 if name.endswith("gain") else 0.0)
+
+
+def _orthonormal(shape: torch.Size, seed: int) -> Tensor:
     """The identity, or for a rectangle the same orthonormal rows for W_q and W_k."""
-    rows, columns = parameter.shape
+    rows, columns = shape
     if rows == columns:
         return torch.eye(rows)
     square = torch.randn(

@@ -8,11 +8,11 @@ tokens are replaced and documents cut, with the boundaries decided anew each tim
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.func import functional_call
+from torch import Tensor, nn
 
 from megadlcm.model.language_model import LanguageModel
 from megadlcm.model.output import ModelOutput
@@ -27,11 +27,23 @@ _TOLERANCE = {
     torch.float16: 5e-2,
     torch.bfloat16: 1e-1,
 }
-_Forward = Callable[[Tensor, Tensor], ModelOutput]
+Forward = Callable[[Tensor, Tensor], ModelOutput | None]
+"""Tokens and offsets of documents -> output; None on a stage that does not hold the head."""
+Share = Callable[[Any], Any]
+"""Hands a value of the stage that holds the head to the others; collective."""
+
+
+def _alone(value: Any) -> Any:
+    return value
 
 
 @torch.no_grad()
-def check_causality(model: LanguageModel, tokens: int = 64) -> None:
+def check_causality(
+    model: LanguageModel,
+    tokens: int = 64,
+    forward: Forward | None = None,
+    share: Share = _alone,
+) -> None:
     """Makes sure that no logit and no boundary depends on a later token.
 
     In evaluation and in training mode, a document of random tokens is run once as it is, a few
@@ -48,6 +60,8 @@ def check_causality(model: LanguageModel, tokens: int = 64) -> None:
     Args:
         model: the model, in the precision and on the device that it trains with.
         tokens: length of the document, at least 2.
+        forward: runs the model where it is cut into stages; None calls it.
+        share: hands on what the stage with the head found.
 
     Raises:
         RuntimeError: something before the changed token moved by more than rounding explains;
@@ -59,33 +73,61 @@ def check_causality(model: LanguageModel, tokens: int = 64) -> None:
     shift_T = torch.randint(1, max(vocab_size, 2), (tokens,), generator=generator)
     device = next(model.parameters()).device
     tokens_T, other_T = tokens_T.to(device), ((tokens_T + shift_T) % vocab_size).to(device)
-    for forward in _forwards(model):
+    for wide in _widenings(model):
         for mode in ("eval", "train"):
-            with _mode(model, training=mode == "train"):
-                _probe(forward, tokens_T, other_T, f"{mode} mode")
+            with _mode(model, training=mode == "train"), wide:
+                problem = _probe(forward or model, share, tokens_T, other_T, f"{mode} mode")
+            if problem:
+                raise RuntimeError(problem)
 
 
-def _forwards(model: LanguageModel) -> list[_Forward]:
-    weights = dict(model.named_parameters())
-    halves = [weight for weight in weights.values() if weight.dtype.itemsize == 2]
-    if not halves or model.config.attention_backend not in ("auto", "reference"):
-        return [model]
-    wide = {name: weight.float() for name, weight in weights.items()}
-    return [model, lambda *inputs: functional_call(model, wide, inputs)]
+def _widenings(model: LanguageModel) -> list[AbstractContextManager[None]]:
+    """Makes the contexts in which the model is checked: as it is, and in fp32 if it has less."""
+    weights = list(model.parameters())
+    if all(weight.dtype.itemsize > 2 for weight in weights):
+        return [nullcontext()]
+    if model.config.attention_backend not in ("auto", "reference"):
+        return [nullcontext()]
+    return [nullcontext(), _Wide(weights)]
 
 
-def _probe(forward: _Forward, tokens_T: Tensor, other_T: Tensor, mode: str) -> None:
+class _Wide:
+    """Weights in fp32 while it is entered, once for each mode."""
+
+    def __init__(self, weights: list[nn.Parameter]) -> None:
+        self.weights = weights
+        self.halves: list[Tensor] = []
+
+    def __enter__(self) -> None:
+        self.halves = [weight.data for weight in self.weights]
+        for weight in self.weights:
+            weight.data = weight.data.float()
+
+    def __exit__(self, *_: object) -> None:
+        for weight, half in zip(self.weights, self.halves, strict=True):
+            weight.data = half
+
+
+def _probe(
+    forward: Forward, share: Share, tokens_T: Tensor, other_T: Tensor, mode: str
+) -> str | None:
+    """Runs the changed documents; what moved, the same on every stage."""
     tokens = tokens_T.numel()
     whole = torch.tensor([0, tokens], dtype=torch.int32, device=tokens_T.device)
     before = forward(tokens_T, whole)
-    for position in _positions(before, tokens, _NUM_REPLACED):
+    found = before and [_positions(before, tokens, count) for count in (_NUM_REPLACED, _NUM_CUTS)]
+    replaced, cuts = share(found)
+    problems: list[str] = []
+    for position in replaced:
         changed_T = tokens_T.clone()
         changed_T[position] = other_T[position]
-        _compare(before, forward(changed_T, whole), position, f"{mode}, token replaced")
-    for position in _positions(before, tokens, _NUM_CUTS):
+        problems += _compare(before, forward(changed_T, whole), position, f"{mode}, token replaced")
+    for position in cuts:
         # a cut keeps the shapes of the token stacks, so less rounding differs than in a prefix
         halves = torch.tensor([0, position, tokens], dtype=torch.int32, device=tokens_T.device)
-        _compare(before, forward(tokens_T, halves), position, f"{mode}, document cut")
+        problems += _compare(before, forward(tokens_T, halves), position, f"{mode}, document cut")
+    problem: str | None = share(problems[0] if problems else None)
+    return problem
 
 
 @contextmanager
@@ -115,31 +157,37 @@ def _spread(positions: list[int], count: int) -> list[int]:
     return [positions[(2 * index + 1) * len(positions) // (2 * count)] for index in range(count)]
 
 
-def _compare(before: ModelOutput, after: ModelOutput, position: int, how: str) -> None:
-    """Compares everything that precedes `position` in two runs."""
+def _compare(
+    before: ModelOutput | None, after: ModelOutput | None, position: int, how: str
+) -> list[str]:
+    """Compares everything that precedes `position` in two runs; what moved."""
+    if before is None or after is None:
+        return []
     tolerance = _TOLERANCE[before.logits_TV.dtype]
-    stop = position
+    stop, problems = position, []
     if before.boundary is not None and after.boundary is not None:
         moved_T = (before.boundary.prob_T - after.boundary.prob_T)[:position].abs()
-        _require(moved_T, tolerance, position, f"{how}: boundary probability")
+        problems += _moved(moved_T, tolerance, position, f"{how}: boundary probability")
         flipped_T = (before.boundary.mask_T != after.boundary.mask_T)[:position]
         if bool(flipped_T.any()):
             stop = int(flipped_T.nonzero()[0])
             # where rounding moved a probability across the threshold, all that follows may differ
             if float(moved_T[stop]) == 0.0:
-                raise RuntimeError(_message(stop, position, f"{how}: boundary decision"))
+                problems.append(_message(stop, position, f"{how}: boundary decision"))
     scale = before.logits_TV.double().square().mean().sqrt().clamp(min=1e-30)
     change_TV = (before.logits_TV[:stop] - after.logits_TV[:stop]).double()
-    _require(change_TV.square().mean(1).sqrt() / scale, tolerance, position, f"{how}: logits")
+    change_T = change_TV.square().mean(1).sqrt() / scale
+    return problems + _moved(change_T, tolerance, position, f"{how}: logits")
 
 
-def _require(change_T: Tensor, tolerance: float, position: int, what: str) -> None:
+def _moved(change_T: Tensor, tolerance: float, position: int, what: str) -> list[str]:
     # a comparison with NaN is false, so NaN counts as a change
     bad = (~(change_T <= tolerance)).nonzero().flatten()
-    if bad.numel():
-        first = int(bad[0])
-        size = f" by {float(change_T[first]):.3g} (tolerance {tolerance:g})"
-        raise RuntimeError(_message(first, position, what) + size)
+    if not bad.numel():
+        return []
+    first = int(bad[0])
+    size = f" by {float(change_T[first]):.3g} (tolerance {tolerance:g})"
+    return [_message(first, position, what) + size]
 
 
 def _message(where: int, position: int, what: str) -> str:

@@ -5,13 +5,15 @@ Letters: T rows (tokens or concepts), D width, N heads, K key-value heads, H hea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from megadlcm.model.recompute import run_block
+from megadlcm.model.seams import WHOLE, Seams
 from megadlcm.ops.attention import self_attention
 from megadlcm.ops.packing import Packing
 from megadlcm.ops.rotary import Rotation, rotate, rotation
@@ -115,30 +117,41 @@ class Block(nn.Module):
         self.attention = Attention(shape)
         self.feed_forward_norm = RMSNorm(shape.width, shape.norm_eps)
         self.feed_forward = FeedForward(shape.width, shape.ffn_size)
+        self.seams: Seams = WHOLE
 
     def forward(
         self, states_TD: Tensor, rotary: Rotation, packing: Packing, backend: str
     ) -> Tensor:
-        """(T, D) to (T, D)."""
-        normed_TD = self.attention_norm(states_TD)
-        states_TD = states_TD + self.attention(normed_TD, rotary, packing, backend)
-        return states_TD + self.feed_forward(self.feed_forward_norm(states_TD))
+        """(T, D) to (T, D), of the rows that this process keeps."""
+        seams, num_rows = self.seams, packing.num_rows
+        normed_TD = seams.to_layer(self.attention_norm(states_TD), num_rows)
+        attended_TD = self.attention(normed_TD, rotary, packing, backend)
+        states_TD = states_TD + seams.from_layer(attended_TD)
+        normed_TD = seams.to_layer(self.feed_forward_norm(states_TD), num_rows)
+        return states_TD + seams.from_layer(self.feed_forward(normed_TD))
 
 
 class Stack(nn.Module):
-    """Blocks of one width, then RMSNorm; tokens and concepts use the same class."""
+    """Blocks of one width, then RMSNorm; tokens and concepts use the same class.
+
+    A pipeline stage holds only some of the blocks, under the same names, and the norm only where
+    the stack ends.
+    """
+
+    norm: RMSNorm | None
 
     def __init__(self, shape: StackShape) -> None:
         super().__init__()
         self.shape = shape
-        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.num_layers))
+        self.blocks = nn.ModuleDict({str(i): Block(shape) for i in range(shape.num_layers)})
         self.norm = RMSNorm(shape.width, shape.norm_eps)
-        self.recompute = False
+        self.recompute = "none"
+        self.seams: Seams = WHOLE
 
     @property
     def layers(self) -> list[Block]:
         """The blocks, in the order of the computation."""
-        return [block for block in self.blocks if isinstance(block, Block)]
+        return [block for block in self.blocks.values() if isinstance(block, Block)]
 
     def forward(self, states_TD: Tensor, packing: Packing, backend: str) -> Tensor:
         """Runs the blocks over packed rows.
@@ -151,21 +164,23 @@ class Stack(nn.Module):
         Returns:
             (T, D), normalised.
         """
+        states_TD = self.seams.split_rows(states_TD)
+        return self.finish(self.run(states_TD, packing, backend), packing)
+
+    def run(
+        self, states_TD: Tensor, packing: Packing, backend: str, blocks: Sequence[int] | None = None
+    ) -> Tensor:
+        """Runs some of the blocks, by default all, on the rows that this process keeps."""
         rotary = rotation(
             packing.position, self.shape.head_size, self.shape.rope_theta, states_TD.dtype
         )
-        for block in self.layers:
-            if self.recompute and torch.is_grad_enabled():
-                # no block draws random numbers, so there is no generator state to keep
-                states_TD = checkpoint(
-                    block,
-                    states_TD,
-                    rotary,
-                    packing,
-                    backend,
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                )
-            else:
-                states_TD = block(states_TD, rotary, packing, backend)
-        return self.norm(states_TD)
+        mode = self.recompute if torch.is_grad_enabled() else "none"
+        for index in range(self.shape.num_layers) if blocks is None else blocks:
+            block = self.blocks[str(index)]
+            states_TD = run_block(block, mode, states_TD, rotary, packing, backend)
+        return states_TD
+
+    def finish(self, states_TD: Tensor, packing: Packing) -> Tensor:
+        """Normalises the output of the last block; all rows, (T, D)."""
+        assert self.norm is not None, "the stack does not end on this stage"
+        return self.seams.join_rows(self.norm(states_TD), packing.num_rows)

@@ -7,6 +7,7 @@ The only file that reads or writes `os.environ`. Ranks come from torchrun (`RANK
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import os
 import re
 from collections.abc import Mapping
@@ -19,9 +20,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline.errors import InputError
+from megadlcm.config import ParallelConfig
+from megadlcm.parallel.liveness import doing
 
 DEFAULT_MASTER_PORT = 29400
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,12 @@ class LaunchEnvironment:
 
 @dataclass(frozen=True)
 class ParallelMesh:
-    """Ranks, sizes and device of this process; all processes are data-parallel replicas."""
+    """Ranks, sizes and groups of this process on the axes of the run.
+
+    rank = (pipeline_rank * data_parallel_size + data_parallel_rank) * tensor_parallel_size
+    + tensor_parallel_rank: processes that share a layer are neighbours, stages are far apart.
+    A group is None where its axis has one process.
+    """
 
     rank: int
     """Index of this process."""
@@ -52,34 +59,89 @@ class ParallelMesh:
     """Index of this process on its node."""
     device: torch.device
     """Where this process computes."""
-
-    @property
-    def data_parallel_rank(self) -> int:
-        """Which replica this process is."""
-        return self.rank
+    tensor_parallel_size: int = 1
+    """Processes that share each layer."""
+    pipeline_parallel_size: int = 1
+    """Stages."""
+    tensor_parallel_group: dist.ProcessGroup | None = None
+    """Processes that share this one's layers."""
+    data_parallel_group: dist.ProcessGroup | None = None
+    """Processes that hold the same part of the model."""
+    model_parallel_group: dist.ProcessGroup | None = None
+    """Processes that hold one replica of the model together."""
+    pipeline_groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
+    """Processes with this one's place on all stages, once for messages to later stages and once
+    for those to earlier ones: on one NCCL group a send and a receive would wait for each other."""
 
     @property
     def data_parallel_size(self) -> int:
         """Number of replicas."""
-        return self.world_size
+        return self.world_size // (self.tensor_parallel_size * self.pipeline_parallel_size)
+
+    @property
+    def tensor_parallel_rank(self) -> int:
+        """Which part of each layer this process holds."""
+        return self.rank % self.tensor_parallel_size
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """Which replica this process belongs to."""
+        return self.rank // self.tensor_parallel_size % self.data_parallel_size
+
+    @property
+    def pipeline_rank(self) -> int:
+        """Which stage this process is."""
+        return self.rank // (self.tensor_parallel_size * self.data_parallel_size)
 
     @property
     def is_writer(self) -> bool:
         """Whether this process writes metrics, samples and the commit mark of a checkpoint."""
         return self.rank == 0
 
+    def rank_of_stage(self, stage: int) -> int:
+        """The process with this one's place in its layers and replicas, on another stage."""
+        per_stage = self.tensor_parallel_size * self.data_parallel_size
+        return stage * per_stage + self.rank % per_stage
+
     def sum_over_data_parallel(self, values: Tensor) -> Tensor:
         """Adds a tensor over all replicas, in place, without a gradient; returns the tensor."""
-        if self.world_size > 1:
-            dist.all_reduce(values)
+        if self.data_parallel_size > 1:
+            with doing("data parallel sum"):
+                dist.all_reduce(values, group=self.data_parallel_group)
         return values
 
-    def gather_objects(self, value: Any) -> list[Any]:
-        """Collects one small picklable value of each replica, in rank order, on every replica."""
+    def sum_over_run(self, values: Tensor) -> Tensor:
+        """Adds what each process contributes to the whole run, in place.
+
+        What the processes of a tensor parallel group know alike is counted on the first of them.
+        """
+        if self.tensor_parallel_rank:
+            values.zero_()
+        return self.sum_everywhere(values)
+
+    def sum_everywhere(self, values: Tensor) -> Tensor:
+        """Adds a tensor over all processes, in place."""
+        if self.world_size > 1:
+            with doing("sum over all processes"):
+                dist.all_reduce(values)
+        return values
+
+    def gather_over_data_parallel(self, value: Any) -> list[Any]:
+        """Collects one small picklable value of each replica, in order, on every replica."""
+        if self.data_parallel_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.data_parallel_size
+        with doing("data parallel gather"):
+            dist.all_gather_object(values, value, group=self.data_parallel_group)
+        return values
+
+    def gather_over_run(self, value: Any) -> list[Any]:
+        """Collects one small picklable value of each process, in rank order, everywhere."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        with doing("gather over the run"):
+            dist.all_gather_object(values, value)
         return values
 
     def broadcast_object(self, value: Any) -> Any:
@@ -87,13 +149,78 @@ class ParallelMesh:
         if self.world_size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=0)
+        with doing("broadcast from rank 0"):
+            dist.broadcast_object_list(values, src=0)
         return values[0]
+
+    def pipeline_group(self, source: int, target: int) -> dist.ProcessGroup:
+        """The group for messages from one stage to another."""
+        assert self.pipeline_groups is not None
+        return self.pipeline_groups[0 if source < target else 1]
+
+    def gather_over_pipeline(self, value: Any) -> list[Any]:
+        """Collects one small picklable value of each stage of this process's replica."""
+        if self.pipeline_groups is None:
+            return [value]
+        values: list[Any] = [None] * self.pipeline_parallel_size
+        with doing("pipeline gather"):
+            dist.all_gather_object(values, value, group=self.pipeline_groups[0])
+        return values
 
     def barrier(self) -> None:
         """Waits until every process is here."""
         if self.world_size > 1:
-            dist.barrier()
+            with doing("barrier"):
+                dist.barrier()
+
+
+class ModelParallelUnit:
+    """The mesh in the words that DeepSpeed asks for (its `mpu`).
+
+    Args:
+        mesh: ranks and groups of this process.
+    """
+
+    def __init__(self, mesh: ParallelMesh) -> None:
+        self.mesh = mesh
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
+        """Processes over which gradients are averaged and ZeRO shares its state."""
+        return self.mesh.data_parallel_group
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        """Their ranks."""
+        return dist.get_process_group_ranks(self.mesh.data_parallel_group)
+
+    def get_data_parallel_rank(self) -> int:
+        """Which of them this process is."""
+        return self.mesh.data_parallel_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        """How many they are."""
+        return self.mesh.data_parallel_size
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup | None:
+        """Processes over which the squares of a gradient norm are added."""
+        return self.mesh.model_parallel_group
+
+    def get_model_parallel_world_size(self) -> int:
+        """How many they are."""
+        return self.mesh.tensor_parallel_size * self.mesh.pipeline_parallel_size
+
+    def get_model_parallel_rank(self) -> int:
+        """0 where parameters that are not cut are counted."""
+        return self.mesh.tensor_parallel_rank
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        """Processes that share a layer."""
+        return self.mesh.tensor_parallel_size
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup | None:
+        """Those processes."""
+        return self.mesh.tensor_parallel_group
 
 
 def launch_environment(environ: Mapping[str, str] | None = None) -> LaunchEnvironment:
@@ -168,20 +295,25 @@ def choose_device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def join_process_group() -> ParallelMesh:
-    """Joins the run: picks the device and initialises the process group (gloo, or nccl on GPUs).
+def join_process_group(parallel: ParallelConfig | None = None) -> ParallelMesh:
+    """Joins the run: picks the device, initialises the process group, makes the groups of the axes.
 
-    A run of one process makes a group of its own in memory, so that it needs no port and nothing
-    can collide with it. Safe to call again in the same process: the group stays until the process
-    ends, because DeepSpeed remembers it beyond the life of an engine.
+    gloo, or nccl on GPUs. A run of one process makes a group of its own in memory, so that it needs
+    no port and nothing can collide with it. Safe to call again in the same process: groups stay
+    until the process ends, because DeepSpeed remembers them beyond the life of an engine.
+
+    Args:
+        parallel: sizes of the axes; None means that all processes are replicas.
 
     Returns:
-        Ranks and device of this process.
+        Ranks, groups and device of this process.
 
     Raises:
-        InputError: the launcher's environment is incomplete.
+        InputError: the launcher's environment is incomplete, or the processes cannot be shared out.
     """
+    parallel = parallel or ParallelConfig()
     launch = launch_environment()
+    parallel.data_parallel_size(launch.world_size)
     device = choose_device(launch.local_rank)
     # DeepSpeed refuses to start without LOCAL_RANK, and guesses the accelerator without the other
     os.environ["LOCAL_RANK"] = str(launch.local_rank)
@@ -189,12 +321,78 @@ def join_process_group() -> ParallelMesh:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        _initialize(launch, "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        timeout = timedelta(seconds=parallel.collective_timeout_seconds)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        _initialize(launch, backend, timeout)
         atexit.register(leave_process_group)
-    return ParallelMesh(launch.rank, launch.world_size, launch.local_rank, device)
+    return make_mesh(launch, device, parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
 
 
-def _initialize(launch: LaunchEnvironment, backend: str) -> None:
+def make_mesh(
+    launch: LaunchEnvironment, device: torch.device, tensor_size: int, pipeline_size: int
+) -> ParallelMesh:
+    """Makes the groups of each axis; collective, the process group must exist.
+
+    Args:
+        launch: rank and sizes of this process.
+        device: where it computes.
+        tensor_size: processes that share each layer.
+        pipeline_size: stages.
+
+    Returns:
+        Ranks and groups of this process.
+    """
+    mesh = ParallelMesh(
+        launch.rank, launch.world_size, launch.local_rank, device, tensor_size, pipeline_size
+    )
+    places = range(mesh.world_size)
+    others = [
+        ParallelMesh(rank, mesh.world_size, 0, device, tensor_size, pipeline_size)
+        for rank in places
+    ]
+    same_layers = [
+        other.rank
+        for other in others
+        if (other.pipeline_rank, other.data_parallel_rank)
+        == (mesh.pipeline_rank, mesh.data_parallel_rank)
+    ]
+    same_part = [
+        other.rank
+        for other in others
+        if (other.pipeline_rank, other.tensor_parallel_rank)
+        == (mesh.pipeline_rank, mesh.tensor_parallel_rank)
+    ]
+    same_replica = [
+        other.rank for other in others if other.data_parallel_rank == mesh.data_parallel_rank
+    ]
+    same_place = [mesh.rank_of_stage(stage) for stage in range(pipeline_size)]
+    pipeline_groups = None
+    if pipeline_size > 1:
+        pipeline_groups = (_group(same_place, "forward"), _group(same_place, "backward"))
+    return dataclasses.replace(
+        mesh,
+        tensor_parallel_group=_group(same_layers) if tensor_size > 1 else None,
+        data_parallel_group=_group(same_part),
+        model_parallel_group=_group(same_replica),
+        pipeline_groups=pipeline_groups,
+    )
+
+
+_groups: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
+
+
+def _group(ranks: list[int], use: str = "collectives") -> dist.ProcessGroup:
+    """A group of these ranks for one use, made once; only its members take part in making it."""
+    key = (use, tuple(ranks))
+    if key not in _groups:
+        # torch names such a group after its ranks: a second one needs a description of its own
+        group = dist.new_group(ranks, use_local_synchronization=True, group_desc=use)
+        assert isinstance(group, dist.ProcessGroup)
+        _groups[key] = group
+    return _groups[key]
+
+
+def _initialize(launch: LaunchEnvironment, backend: str, timeout: timedelta) -> None:
     if launch.world_size == 1:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
@@ -207,11 +405,12 @@ def _initialize(launch: LaunchEnvironment, backend: str) -> None:
     os.environ["MASTER_ADDR"] = launch.master_address
     os.environ["MASTER_PORT"] = str(launch.master_port)
     dist.init_process_group(
-        backend, rank=launch.rank, world_size=launch.world_size, timeout=COLLECTIVE_TIMEOUT
+        backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout
     )
 
 
 def leave_process_group() -> None:
     """Leaves the process group at the end of the process."""
     if dist.is_initialized():
+        _groups.clear()
         dist.destroy_process_group()

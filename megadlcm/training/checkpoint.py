@@ -74,6 +74,8 @@ def save_checkpoint(
             "data_identity": data_identity,
             "layout": {
                 "world_size": engine.mesh.world_size,
+                "tensor_parallel_size": engine.mesh.tensor_parallel_size,
+                "pipeline_parallel_size": engine.mesh.pipeline_parallel_size,
                 "zero_stage": engine.zero_stage,
             },
             "versions": _versions(),

@@ -1,7 +1,13 @@
 """RunConfig -> DeepSpeed dictionary with every key explicit -> engine.
 
-The only file that imports deepspeed. Traps it stands against, all seen in 0.19.8: gradient clipping
-is on by default; unknown top-level keys are ignored; bf16 gradients accumulate in bf16 unless told;
+The only file that imports deepspeed. It gets the axes of the run as an `mpu` and does what it is
+good at: ZeRO, fp32 accumulation and master weights, averages over replicas. The order of forward
+and backward passes is `parallel.pipeline`'s: DeepSpeed's own pipeline engine sends to neighbours
+only, runs a backward pass for every tensor that crosses, and has one chunk for each stage. The
+gradient norm and clipping are ours as well, so that they are the same on every layout.
+
+Traps it stands against, all seen in 0.19.8: gradient clipping is on by default; unknown top-level
+keys are ignored; bf16 gradients accumulate in bf16 unless told;
 a step with a non-finite norm is skipped without a word; the CPU backend compiles an operator on the
 first start and hangs for ever on the lock of a compilation that was killed; stage 3 leaves empty
 tensors in the place of the parameters between its own forward passes.
@@ -26,8 +32,13 @@ from torch.optim import Optimizer
 
 from data_pipeline.errors import InputError
 from megadlcm.config import RunConfig
+from megadlcm.config.accounting import count_parameters
 from megadlcm.model import LanguageModel
-from megadlcm.parallel.mesh import ParallelMesh
+from megadlcm.model.scaling import GROUPS
+from megadlcm.parallel.liveness import doing
+from megadlcm.parallel.mesh import ModelParallelUnit, ParallelMesh
+from megadlcm.parallel.partition import Partition, make_partition
+from megadlcm.parallel.pipeline import Pipeline
 from megadlcm.training.objective import Objective, TrainingForward
 from megadlcm.training.optimizer import build_optimizer
 
@@ -61,7 +72,7 @@ def deepspeed_dictionary(config: RunConfig, data_parallel_size: int) -> dict[str
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
         "gradient_accumulation_steps": training.gradient_accumulation_steps(data_parallel_size),
         "managed_gradient_accumulation": True,
-        "gradient_clipping": training.max_grad_norm,
+        "gradient_clipping": 0.0,  # TrainingEngine.clip_gradients does it
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,
         "communication_data_type": "fp32",
@@ -76,7 +87,7 @@ def deepspeed_dictionary(config: RunConfig, data_parallel_size: int) -> dict[str
             "bf16_optimizer_states": False,
         },
         "torch_autocast": {"enabled": False},
-        "zero_optimization": _zero_dictionary(config.parallel.zero_stage),
+        "zero_optimization": _zero_dictionary(config.parallel.zero_stage, bf16),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "activation_checkpointing": {"partition_activations": False, "cpu_checkpointing": False},
@@ -93,7 +104,7 @@ def deepspeed_dictionary(config: RunConfig, data_parallel_size: int) -> dict[str
     }
 
 
-def _zero_dictionary(stage: int) -> dict[str, Any]:
+def _zero_dictionary(stage: int, bf16: bool) -> dict[str, Any]:
     return {
         "stage": stage,
         "contiguous_gradients": stage >= 2,
@@ -104,7 +115,8 @@ def _zero_dictionary(stage: int) -> dict[str, Any]:
         "allgather_bucket_size": BUCKET_ELEMENTS,
         "round_robin_gradients": False,
         "ignore_unused_parameters": True,
-        "compute_grad_norm": True,
+        # ours is taken instead; these cannot do without their own
+        "compute_grad_norm": stage in (0, 3) or (stage == 1 and bf16),
         "elastic_checkpoint": False,
     }
 
@@ -144,8 +156,10 @@ class TrainingEngine:
     """Ranks of the run."""
     zero_stage: int
     """How much of the training state is partitioned."""
-    gradient_accumulation_steps: int
-    """Micro-batches of one replica in a step."""
+    partition: Partition
+    """How the model is spread over stages and tensor parallel processes."""
+    pipeline: Pipeline
+    """Runs the chunks of this stage."""
 
     @property
     def zero_optimizer(self) -> Any | None:
@@ -154,14 +168,42 @@ class TrainingEngine:
         return None if wrapper is self.optimizer else wrapper
 
     @property
-    def mup_groups(self) -> list[str]:
-        """Name of the muP group of each torch parameter group."""
-        return [group["mup_group"] for group in self.optimizer.param_groups]
-
-    @property
     def num_parameters(self) -> int:
-        """Elements of all parameters; stage 3 leaves the parameters themselves empty."""
-        return sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())
+        """Elements of all parameters of the whole model."""
+        return count_parameters(self.model.config)["total"]
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Runs one backward pass; gradients are added up until the last one of the step.
+
+        Args:
+            loss: scalar.
+            is_last: whether the gradients are to be averaged over the replicas afterwards.
+        """
+        self.deepspeed.set_gradient_accumulation_boundary(is_last)
+        with doing("data parallel average of gradients" if is_last else "backward pass"):
+            # a tensor of its own: at stage 0 DeepSpeed divides the gradient of what the module
+            # returned by the number of micro-batches unless the backward pass began above it
+            self.deepspeed.backward(loss.clone(), scale_wrt_gas=False)
+
+    def step(self) -> bool:
+        """Updates the parameters; whether DeepSpeed did."""
+        with doing("optimizer step"):
+            self.deepspeed.step()
+        return bool(self.deepspeed.was_step_applied())
+
+    @torch.no_grad()
+    def clip_gradients(self, grad_norm: float, max_grad_norm: float) -> None:
+        """Scales all gradients so that their norm is at most `max_grad_norm`; 0 means no limit.
+
+        Args:
+            grad_norm: norm of the whole gradient, the same number on every process.
+            max_grad_norm: the limit.
+        """
+        factor = max_grad_norm / (grad_norm + 1e-6)
+        if max_grad_norm > 0.0 and factor < 1.0:
+            for gradients in self._gradients():
+                if gradients:
+                    torch._foreach_mul_(gradients, factor)
 
     @contextlib.contextmanager
     def whole_model(self) -> Iterator[LanguageModel]:
@@ -179,33 +221,41 @@ class TrainingEngine:
             yield self.model
 
     def gradient_square_sums(self) -> Tensor:
-        """Squared gradient norm of each parameter group, before clipping.
+        """Squared gradient norm of each muP group, before clipping.
 
-        To be called between the last backward pass of a step and `deepspeed.step`. Replicas must
-        add their results: each element is counted on one replica only.
+        To be called between the last backward pass of a step and `step`. All processes must add
+        their results: each element is counted on one process only.
 
         Returns:
-            fp64 (groups,), on the device.
+            fp64 (len(GROUPS),), on the device.
         """
-        device = self.mesh.device
-        return torch.stack([square_sum(gradients, device) for gradients in self._gradients()])
+        mesh = self.mesh
+        squares = torch.zeros(len(GROUPS), dtype=torch.float64, device=mesh.device)
+        if self.zero_optimizer is None and mesh.data_parallel_rank > 0:
+            return squares  # replicated: replica 0 speaks for all
+        for group, gradients in zip(self.optimizer.param_groups, self._gradients(), strict=True):
+            if group["cut"] or mesh.tensor_parallel_rank == 0:
+                squares[GROUPS.index(group["mup_group"])] += square_sum(gradients, mesh.device)
+        return squares
 
     def _gradients(self) -> list[list[Tensor]]:
         zero = self.zero_optimizer
-        if zero is None:  # replicated: replica 0 speaks for all
-            counted = self.mesh.data_parallel_rank == 0
+        if zero is None:
             return [
-                [p.grad for p in group["params"] if p.grad is not None and counted]
+                [p.grad for p in group["params"] if p.grad is not None]
                 for group in self.optimizer.param_groups
             ]
         if hasattr(zero, "fp32_groups_gradient_flat_partition"):  # BF16_Optimizer
             return [[partition] for partition in zero.fp32_groups_gradient_flat_partition]
         if hasattr(zero, "sub_group_to_group_id"):  # stage 3
-            groups: list[list[Tensor]] = [[] for _ in self.mup_groups]
+            groups: list[list[Tensor]] = [[] for _ in self.optimizer.param_groups]
             for sub_group, gradients in zero.averaged_gradients.items():
                 groups[zero.sub_group_to_group_id[sub_group]].extend(gradients)
             return groups
-        return [list(zero.averaged_gradients[index]) for index in range(len(self.mup_groups))]
+        return [
+            list(zero.averaged_gradients[index])
+            for index in range(len(self.optimizer.param_groups))
+        ]
 
 
 def square_sum(tensors: list[Tensor], device: torch.device) -> Tensor:
@@ -228,13 +278,20 @@ def square_sum(tensors: list[Tensor], device: torch.device) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors)).double().square().sum()
 
 
-def build_engine(model: LanguageModel, config: RunConfig, mesh: ParallelMesh) -> TrainingEngine:
+def build_engine(
+    model: LanguageModel,
+    config: RunConfig,
+    mesh: ParallelMesh,
+    partition: Partition | None = None,
+) -> TrainingEngine:
     """Hands model, optimizer and objective to DeepSpeed.
 
     Args:
-        model: the model in fp32; DeepSpeed moves it to the device, and to bf16 if the run asks.
+        model: what this process holds of the model, in fp32; DeepSpeed moves it to the device,
+            and to bf16 if the run asks.
         config: the run.
         mesh: ranks of the run; the process group must exist.
+        partition: how the model is spread; None computes it.
 
     Returns:
         The engine.
@@ -243,11 +300,11 @@ def build_engine(model: LanguageModel, config: RunConfig, mesh: ParallelMesh) ->
         InputError: an unknown DeepSpeed, or a global batch that does not divide.
     """
     check_deepspeed_version()
-    accumulation = config.training.gradient_accumulation_steps(mesh.data_parallel_size)
+    partition = partition or make_partition(config)
     model.set_recompute(config.parallel.recompute)
     model.to(mesh.device)
     optimizer = build_optimizer(model, config)
-    module: nn.Module = TrainingForward(model, Objective(config, mesh, accumulation))
+    module: nn.Module = TrainingForward(model, Objective(config, mesh))
     # for the whole run: DeepSpeed calls collectives by names that torch 2.13 deprecates
     warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
     with _quietly() as printed:
@@ -257,9 +314,13 @@ def build_engine(model: LanguageModel, config: RunConfig, mesh: ParallelMesh) ->
             optimizer=optimizer,
             config=deepspeed_dictionary(config, mesh.data_parallel_size),
             dist_init_required=False,
+            mpu=ModelParallelUnit(mesh),
         )
     logger.debug("deepspeed.initialize said:\n%s", printed.getvalue())
-    return TrainingEngine(engine, model, optimizer, mesh, config.parallel.zero_stage, accumulation)
+    pipeline = Pipeline(model, config, mesh, partition)
+    return TrainingEngine(
+        engine, model, optimizer, mesh, config.parallel.zero_stage, partition, pipeline
+    )
 
 
 @contextlib.contextmanager

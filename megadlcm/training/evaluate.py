@@ -8,8 +8,9 @@ document included, over the bytes of the text.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +21,12 @@ from torch import Tensor
 from data_pipeline.shards import Document, open_documents
 from megadlcm.config import RunConfig
 from megadlcm.model import LanguageModel
-from megadlcm.ops.cross_entropy import token_cross_entropy
+from megadlcm.model.output import ModelOutput
+from megadlcm.model.units import MicroBatch, run_each
 from megadlcm.parallel.mesh import ParallelMesh
 
+Passes = Callable[[Sequence[MicroBatch], Callable[[int, ModelOutput], None]], None]
+"""Runs micro-batches and hands index and output to a function, where outputs appear."""
 NUM_POSITIONS = 20
 """Positions inside a concept that are reported; the boundary token is position 0."""
 
@@ -105,12 +109,12 @@ class Evaluator:
         ]
         self.domains = sorted({document.domain for document in self.documents})
 
-    @torch.no_grad()
-    def run(self, model: LanguageModel) -> dict[str, Any]:
+    def run(self, model: LanguageModel, passes: Passes | None = None) -> dict[str, Any]:
         """Evaluates; the model is back in its mode afterwards.
 
         Args:
-            model: the model.
+            model: the model, or what this process holds of it.
+            passes: runs it where it is cut into stages; None calls it.
 
         Returns:
             The evaluation row, without its step.
@@ -118,15 +122,16 @@ class Evaluator:
         was_training = model.training
         model.eval()
         sums = self._empty_sums()
-        for index, batch in enumerate(self.batches()):
-            if index % self.mesh.data_parallel_size == self.mesh.data_parallel_rank:
-                self._add(sums, model, batch)
+        own = [
+            batch
+            for index, batch in enumerate(self.batches())
+            if index % self.mesh.data_parallel_size == self.mesh.data_parallel_rank
+        ]
+        inputs = [self._to_device(batch) for batch in own]
+        run = passes or functools.partial(run_each, model)
+        run(inputs, lambda index, output: self._add(sums, output, own[index]))
         for tensor in (sums.sums, sums.by_position):
-            self.mesh.sum_over_data_parallel(tensor)
-        has_concepts = [sums.has_concepts]
-        sums.has_concepts = any(
-            flag for flags in self.mesh.gather_objects(has_concepts) for flag in flags
-        )
+            self.mesh.sum_over_run(tensor)
         model.train(was_training)
         return sums.to_row()
 
@@ -140,22 +145,26 @@ class Evaluator:
             num_bytes,
             torch.zeros(3, len(self.domains), dtype=torch.float64, device=device),
             torch.zeros(2, NUM_POSITIONS, dtype=torch.float64, device=device),
-            False,
+            self.config.model.architecture == "dlcm",
         )
 
-    def _add(self, sums: DomainSums, model: LanguageModel, batch: EvaluationBatch) -> None:
+    def _to_device(self, batch: EvaluationBatch) -> MicroBatch:
         device = self.mesh.device
-        tokens_T, labels_T, cu_seqlens, domain_T = (
-            torch.from_numpy(array).to(device)
-            for array in (batch.tokens_T, batch.labels_T, batch.cu_seqlens, batch.domain_T)
+        return MicroBatch(
+            torch.from_numpy(batch.tokens_T).to(device),
+            torch.from_numpy(batch.cu_seqlens).to(device),
         )
-        output = model(tokens_T, cu_seqlens)
-        loss_T = token_cross_entropy(output.logits_TV, labels_T).double()
+
+    def _add(self, sums: DomainSums, output: ModelOutput, batch: EvaluationBatch) -> None:
+        labels_T, domain_T = (
+            torch.from_numpy(array).to(self.mesh.device)
+            for array in (batch.labels_T, batch.domain_T)
+        )
+        loss_T = output.token_losses(labels_T).double()
         sums.sums[0].index_add_(0, domain_T, loss_T)
         sums.sums[1].index_add_(0, domain_T, torch.ones_like(loss_T))
         if output.boundary_mask_T is None:
             return
-        sums.has_concepts = True
         sums.sums[2].index_add_(0, domain_T, output.boundary_mask_T.double())
         position_T = position_in_concept(output.boundary_mask_T)
         near = position_T < NUM_POSITIONS

@@ -1,14 +1,16 @@
 """Model output -> loss and sums. The global normalisation of a step lives here and only here.
 
-DeepSpeed averages gradients over the data-parallel replicas and over the micro-batches. The loss of
-one micro-batch is therefore the share of its *sums* in the whole step, times both counts:
+Gradients are averaged over the data-parallel replicas and added over the micro-batches. The loss of
+one micro-batch is therefore the share of its *sums* in the whole step, times the replicas:
 
-    loss = (sum CE + w * sum_t s_t p_t) / N * replicas * micro-batches
+    loss = (sum CE + w * sum_t s_t p_t) / N * replicas
 
 N counts the tokens of the whole step on all replicas, w is `training.ratio_loss_weight` and
 s_t = R (R F - 1) / (R - 1) is the gradient of the ratio loss (DLCM Eq. 8-10). F is taken over the
 whole step (`learned_global`, `ema_ste`) or over the token's own document (`learned_local`).
-So the gradient of a step does not depend on how it was cut into micro-batches or over replicas.
+So the gradient of a step does not depend on how it was cut into micro-batches or over replicas. Each
+of the two terms belongs to one stage of a pipeline: cross-entropy to the head, ratio loss to the
+boundary detector.
 """
 
 from __future__ import annotations
@@ -21,11 +23,14 @@ from torch import Tensor, nn
 
 from megadlcm.config import RunConfig
 from megadlcm.model import LanguageModel
+from megadlcm.model.chunking import BoundaryOutput
 from megadlcm.model.output import ModelOutput
-from megadlcm.ops.boundary import BoundarySampling, probability_histogram
+from megadlcm.model.units import Flow, MicroBatch, run_units
+from megadlcm.ops.boundary import NUM_PROBABILITY_BINS, probability_histogram
 from megadlcm.ops.compression import ratio_gradient_scale
-from megadlcm.ops.cross_entropy import token_cross_entropy
+from megadlcm.ops.packing import Packing
 from megadlcm.parallel.mesh import ParallelMesh
+from megadlcm.parallel.stages import Chunk
 
 NUM_LENGTH_BINS = 65
 """Concept lengths 0..63 have a bin each, the last one holds all longer concepts."""
@@ -47,17 +52,11 @@ NUM_SUMS = len(_SUMS) + NUM_LENGTH_BINS
 
 
 @dataclass(frozen=True)
-class DeviceBatch:
-    """One micro-batch on the device."""
+class DeviceBatch(MicroBatch):
+    """One micro-batch on the device, with what it is trained on."""
 
-    tokens_T: Tensor
-    """Token ids, int64 (T,)."""
-    labels_T: Tensor
+    labels_T: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     """Next tokens, int64 (T,)."""
-    cu_seqlens: Tensor
-    """Offsets of the documents, int32 (S+1,)."""
-    sampling: BoundarySampling
-    """Names the random draws of this micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -123,11 +122,7 @@ class StepSummary:
 
 
 class MicroBatchResult(NamedTuple):
-    """Loss to back-propagate and sums to keep.
-
-    A NamedTuple because DeepSpeed hooks the start of the backward pass on the tensors that the
-    module returns, and looks for them in tuples, lists and dicts only.
-    """
+    """Cross-entropy to back-propagate and sums to keep."""
 
     loss: Tensor
     stats: StepStats
@@ -139,12 +134,9 @@ class Objective:
     Args:
         config: the run.
         mesh: replicas over which a step is summed.
-        gradient_accumulation_steps: micro-batches of one replica in a step.
     """
 
-    def __init__(
-        self, config: RunConfig, mesh: ParallelMesh, gradient_accumulation_steps: int
-    ) -> None:
+    def __init__(self, config: RunConfig, mesh: ParallelMesh) -> None:
         self.mesh = mesh
         self.mode = config.model.boundary_mode if config.model.architecture == "dlcm" else "none"
         self.target = config.model.target_tokens_per_concept
@@ -152,8 +144,8 @@ class Objective:
         self.keeps_histogram = self.mode in STEERED_MODES or (
             self.mode == "rule" and config.model.rule_threshold is None
         )
-        # DeepSpeed divides by both; see the module's docstring
-        self.averaged_over = mesh.data_parallel_size * gradient_accumulation_steps
+        # gradients are divided by it; see the module's docstring
+        self.averaged_over = mesh.data_parallel_size
 
     @property
     def needs_boundary_fraction(self) -> bool:
@@ -163,7 +155,7 @@ class Objective:
     def __call__(
         self, output: ModelOutput, labels_T: Tensor, totals: StepTotals
     ) -> MicroBatchResult:
-        """Computes loss and sums of one micro-batch.
+        """Computes cross-entropy and sums of one micro-batch.
 
         Args:
             output: what the model returned.
@@ -171,26 +163,43 @@ class Objective:
             totals: sums of the whole step.
 
         Returns:
-            The loss, scaled so that DeepSpeed's averages give the mean over the step, and the sums.
+            The loss, scaled so that averages over replicas give the mean over the step, and sums.
         """
-        loss_T = token_cross_entropy(output.logits_TV, labels_T)
-        loss = loss_T.sum()
-        slope_T = self._ratio_slope(output, totals) if self.ratio_loss_weight != 0.0 else None
-        if slope_T is not None and output.boundary is not None:
-            # its gradient is that of the ratio loss times N
-            ratio = (slope_T.to(output.boundary.prob_T.dtype) * output.boundary.prob_T).sum()
-            loss = loss + self.ratio_loss_weight * ratio
-        loss = loss * (self.averaged_over / totals.num_tokens)
+        loss_T = output.token_losses(labels_T)
+        loss = loss_T.sum() * (self.averaged_over / totals.num_tokens)
         return MicroBatchResult(loss, self._stats(output, loss_T.detach()))
 
-    def _ratio_slope(self, output: ModelOutput, totals: StepTotals) -> Tensor | None:
+    def ratio_loss(
+        self, boundary: BoundaryOutput, packing: Packing, totals: StepTotals
+    ) -> Tensor | None:
+        """Computes a scalar whose gradient is that of one micro-batch's ratio loss.
+
+        Args:
+            boundary: what the detector said.
+            packing: the documents.
+            totals: sums of the whole step.
+
+        Returns:
+            The scalar, scaled as the loss; None where nothing is driven by it.
+        """
+        if self.ratio_loss_weight == 0.0:
+            return None
+        slope_T = self._ratio_slope(boundary, packing, totals)
+        if slope_T is None or not boundary.prob_T.requires_grad:
+            return None
+        # its gradient is that of the ratio loss times N
+        ratio = (slope_T.to(boundary.prob_T.dtype) * boundary.prob_T).sum()
+        return self.ratio_loss_weight * ratio * (self.averaged_over / totals.num_tokens)
+
+    def _ratio_slope(
+        self, boundary: BoundaryOutput, packing: Packing, totals: StepTotals
+    ) -> Tensor | None:
         """s_t of each token, (T,)."""
-        boundary = output.boundary
-        if boundary is None or self.mode not in (*GLOBAL_RATIO_MODES, "learned_local"):
+        if self.mode not in (*GLOBAL_RATIO_MODES, "learned_local"):
             return None
         if self.mode == "learned_local":
-            document_T = output.packing.document_index()
-            lengths = output.packing.cu_seqlens.diff().double()
+            document_T = packing.document_index()
+            lengths = packing.cu_seqlens.diff().double()
             counts = torch.zeros_like(lengths)
             counts.index_add_(0, document_T, boundary.mask_T.double())
             return ratio_gradient_scale(counts / lengths, self.target)[document_T]
@@ -200,6 +209,14 @@ class Objective:
             fraction = count / totals.num_tokens
         slope = ratio_gradient_scale(fraction, self.target)
         return slope.to(boundary.prob_T.device).expand(boundary.prob_T.shape)
+
+    def empty_stats(self) -> StepStats:
+        """Sums of nothing, for a stage that computes none."""
+        device = self.mesh.device
+        histogram = None
+        if self.keeps_histogram:
+            histogram = torch.zeros(NUM_PROBABILITY_BINS, dtype=torch.int64, device=device)
+        return StepStats(torch.zeros(NUM_SUMS, dtype=torch.float64, device=device), histogram)
 
     @torch.no_grad()
     def _stats(self, output: ModelOutput, loss_T: Tensor) -> StepStats:
@@ -224,11 +241,26 @@ class Objective:
         return StepStats(sums, histogram)
 
 
+class ChunkResult(NamedTuple):
+    """What one chunk made of one micro-batch.
+
+    A NamedTuple because DeepSpeed hooks the start of the backward pass on the tensors that the
+    module returns, and looks for them in tuples, lists and dicts only.
+    """
+
+    loss: Tensor | None
+    """What the chunk adds to the loss."""
+    stats: StepStats | None
+    """Sums of the micro-batch, from the last chunk."""
+    outputs: tuple[Tensor, ...]
+    """Tensors for other chunks."""
+
+
 class TrainingForward(nn.Module):
-    """The module that DeepSpeed drives: model and objective, micro-batch in, loss out.
+    """The module that DeepSpeed drives: a chunk of the model and the losses that belong to it.
 
     Args:
-        model: the model.
+        model: what this process holds of the model.
         objective: turns its output into the loss.
     """
 
@@ -237,8 +269,26 @@ class TrainingForward(nn.Module):
         self.model = model
         self.objective = objective
 
-    def forward(self, batch: DeviceBatch, totals: StepTotals) -> MicroBatchResult:
-        """Runs the model on one micro-batch and computes its share of the step's loss."""
-        output = self.model(batch.tokens_T, batch.cu_seqlens, batch.sampling)
-        result: MicroBatchResult = self.objective(output, batch.labels_T, totals)
-        return result
+    def forward(
+        self, chunk: Chunk, flow: Flow, batch: DeviceBatch, totals: StepTotals
+    ) -> ChunkResult:
+        """Runs a chunk on one micro-batch and computes its share of the step's loss."""
+        names = [unit.name for unit in chunk.units]
+        run_units(self.model, names, flow)
+        losses: list[Tensor] = []
+        stats = None
+        if "segmentation" in names:
+            assert flow.boundary is not None
+            ratio = self.objective.ratio_loss(flow.boundary, flow.packing, totals)
+            losses += [] if ratio is None else [ratio]
+        if "lm_head" in names:
+            result: MicroBatchResult = self.objective(flow.output, batch.labels_T, totals)
+            losses.append(result.loss)
+            return ChunkResult(torch.stack(losses).sum(), result.stats, ())
+        made = [
+            flow.states,
+            flow.hidden_TD,
+            None if flow.boundary is None else flow.boundary.prob_T,
+        ]
+        outputs = tuple(tensor for tensor in made if tensor is not None and tensor.requires_grad)
+        return ChunkResult(losses[0] if losses else None, stats, outputs)

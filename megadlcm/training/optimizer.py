@@ -35,21 +35,26 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
 
     Returns:
         Groups in a fixed order, as torch optimizers take them, with keys of our own: `mup_group`
-        (name), `peak_learning_rate`, and `steered` where `ratio_control` sets the rate.
+        (name), `cut` (by tensor parallelism), `peak_learning_rate`, and `steered` where
+        `ratio_control` sets the rate.
     """
     rules = parameter_table(model, config.model, config.mup)
-    members: dict[tuple[str, float, float, bool], list[nn.Parameter]] = {}
+    members: dict[tuple[str, float, float, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        members.setdefault(_group_key(rules[name]), []).append(parameter)
+        # ZeRO lays a group end to end: what is counted once and what on each process of a tensor
+        # parallel group must not lie in one
+        cut = bool(getattr(parameter, "tensor_model_parallel", False))
+        members.setdefault((*_group_key(rules[name]), cut), []).append(parameter)
     groups = []
     for key in sorted(members, key=lambda key: (GROUPS.index(key[0]), key[1:])):
-        group, learning_rate_scale, eps_scale, decays = key
+        group, learning_rate_scale, eps_scale, decays, cut = key
         peak = base_learning_rate(config.optimizer, group) * learning_rate_scale
         steered = group == "boundary" and steers_detector(config)
         groups.append(
             {
                 "params": members[key],
                 "mup_group": group,
+                "cut": cut,
                 "steered": steered,
                 "peak_learning_rate": 0.0 if steered else peak,
                 "lr": 0.0 if steered else peak,

@@ -9,7 +9,7 @@ import torch
 
 from data_pipeline.shards import Document
 from data_pipeline.tokenizer import Tokenizer
-from megadlcm.model import LanguageModel
+from megadlcm.model.units import MicroBatch
 
 BOUNDARY_MARK = "\u2502"
 SAMPLE_TOKENS = 256
@@ -29,36 +29,33 @@ def choose_documents(documents: Sequence[Document], count: int) -> list[Document
     return chosen[:count]
 
 
-@torch.no_grad()
-def marked_text(
-    model: LanguageModel, document: Document, tokenizer: Tokenizer, device: torch.device
-) -> str:
-    """Segments the beginning of a document and marks where concepts begin.
+def text_batch(document: Document, eos_id: int, device: torch.device) -> MicroBatch:
+    """The beginning of a document as a model reads it."""
+    text_tokens = document.tokens_T[: SAMPLE_TOKENS - 1]
+    tokens_T = np.concatenate(([eos_id], text_tokens)).astype(np.int64)
+    return MicroBatch(
+        torch.from_numpy(tokens_T).to(device),
+        torch.tensor([0, len(tokens_T)], dtype=torch.int32, device=device),
+    )
+
+
+def marked_text(document: Document, mask: Sequence[bool], tokenizer: Tokenizer) -> str:
+    """Marks where concepts begin in the beginning of a document.
 
     The mark stands before each boundary token (the paper's convention for print-outs), or later
     where a character is split between tokens.
 
     Args:
-        model: a model with concepts.
         document: the document.
+        mask: the decision of each token of its `text_batch`; empty for a model without concepts.
         tokenizer: the run's tokenizer.
-        device: where the model lives.
 
     Returns:
         One block of text with a heading.
     """
-    was_training = model.training
-    model.eval()
-    text_tokens = document.tokens_T[: SAMPLE_TOKENS - 1]
-    tokens_T = np.concatenate(([tokenizer.eos_id], text_tokens)).astype(np.int64)
-    output = model(
-        torch.from_numpy(tokens_T).to(device),
-        torch.tensor([0, len(tokens_T)], dtype=torch.int32, device=device),
-    )
-    model.train(was_training)
-    mask = [] if output.boundary_mask_T is None else output.boundary_mask_T.tolist()
+    tokens = document.tokens_T[: SAMPLE_TOKENS - 1].tolist()
     ratio = f"{len(mask) / sum(mask):.2f} tokens per concept" if mask else "no concepts"
-    body = mark_boundaries(tokens_T[1:].tolist(), mask[1:], tokenizer)
+    body = mark_boundaries(tokens, list(mask[1:]), tokenizer)
     return f"== {document.domain} / {document.id}: {ratio} ==\n{body}\n"
 
 

@@ -3,52 +3,62 @@
 Under ZeRO the optimizer sees flat fp32 partitions of parameter groups. DeepSpeed knows the place of
 each parameter in them: stages 1 and 2 hang the means to read and write it on the parameter itself
 (`get_full_hp_param`, `set_full_hp_param`), stage 3 on its optimizer. Through them a checkpoint
-holds whole tensors under their names, which any layout can read. Reading and writing are
-collective: every replica must call them.
+holds whole tensors under their names, which any layout can read: pieces of a tensor parallel group
+are put together and other stages send theirs to rank 0. Reading and writing are collective: every
+process must call them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from megadlcm.parallel.partition import Part, piece
+from megadlcm.parallel.transfer import bring_to_first_stage, gather_pieces
 from megadlcm.training.engine import TrainingEngine
 
 STEP_KEY = "step"
 
 
 def read_model(engine: TrainingEngine) -> dict[str, Tensor]:
-    """Copies parameters (fp32 masters) and buffers to the host.
+    """Copies parameters (fp32 masters) and buffers to the host of rank 0.
 
     Args:
         engine: the engine.
 
     Returns:
-        Tensors by name; empty on replicas that do not write.
+        Whole tensors by name; empty on processes that do not write.
     """
+    own = dict(engine.model.named_parameters())
+    buffers = dict(_saved_buffers(engine.model))
     tensors = {}
-    for name, parameter in engine.model.named_parameters():
-        whole = parameter if engine.zero_optimizer is None else _get(engine, parameter)
-        if engine.mesh.is_writer:
-            tensors[name] = _on_host(whole)
-    if engine.mesh.is_writer:
-        tensors.update({name: _on_host(buffer) for name, buffer in _saved_buffers(engine.model)})
+    for name, part in engine.partition.parts.items():
+        value = None
+        if name in own:
+            parameter = own[name]
+            value = parameter if engine.zero_optimizer is None else _get(engine, parameter)
+        elif name in buffers:
+            value = buffers[name]
+        whole = _collect(engine, part, value)
+        if whole is not None:
+            tensors[name] = whole
     return tensors
 
 
-def write_model(engine: TrainingEngine, tensors: dict[str, Tensor]) -> None:
+def write_model(engine: TrainingEngine, tensors: Mapping[str, Tensor]) -> None:
     """Sets parameters, fp32 masters and buffers; the inverse of `read_model`.
 
     Args:
         engine: the engine.
-        tensors: tensors by name, complete.
+        tensors: whole tensors by name, complete.
     """
     with torch.no_grad():
         for name, parameter in engine.model.named_parameters():
-            value = tensors[name].to(engine.mesh.device)
+            value = _own_piece(engine, name, tensors[name])
             if engine.zero_optimizer is None:
                 parameter.copy_(value)
             else:
@@ -59,34 +69,48 @@ def write_model(engine: TrainingEngine, tensors: dict[str, Tensor]) -> None:
 
 
 def read_optimizer(engine: TrainingEngine) -> dict[str, Tensor]:
-    """Copies the optimizer state to the host, as `<parameter>.<key>`.
+    """Copies the optimizer state to the host of rank 0, as `<parameter>.<key>`.
 
     Args:
         engine: the engine.
 
     Returns:
-        Tensors by name; empty on replicas that do not write, and for an optimizer without state.
+        Whole tensors by name; empty on processes that do not write, and for an optimizer without
+        state.
     """
     _link_states(engine)
+    own = {name: (parameter, owner) for name, parameter, owner in _owners(engine)}
+    held = [sorted(engine.optimizer.state.get(owner, {})) for _, owner in own.values()]
+    keys = sorted(
+        {key for keys in engine.mesh.gather_over_pipeline(held) for k in keys for key in k}
+    )
     tensors = {}
-    for name, parameter, owner in _owners(engine):
-        state = engine.optimizer.state.get(owner, {})
-        for key in sorted(state):
-            if key == STEP_KEY or engine.zero_optimizer is None:
-                whole = state[key]
+    for name, part in engine.partition.parts.items():
+        if not part.is_parameter:
+            continue
+        for key in keys:
+            value = None
+            if name in own:
+                parameter, owner = own[name]
+                state = engine.optimizer.state[owner]
+                partitioned = key != STEP_KEY and engine.zero_optimizer is not None
+                value = _get(engine, parameter, key) if partitioned else state[key]
+            if key == STEP_KEY:
+                part_of_key = dataclasses.replace(part, shape=torch.Size(()), dimension=None)
+                whole = _collect(engine, part_of_key, value)
             else:
-                whole = _get(engine, parameter, key)
-            if engine.mesh.is_writer:
-                tensors[f"{name}.{key}"] = _on_host(whole)
+                whole = _collect(engine, part, value)
+            if whole is not None:
+                tensors[f"{name}.{key}"] = whole
     return tensors
 
 
-def write_optimizer(engine: TrainingEngine, tensors: dict[str, Tensor]) -> None:
+def write_optimizer(engine: TrainingEngine, tensors: Mapping[str, Tensor]) -> None:
     """Sets the optimizer state; the inverse of `read_optimizer`.
 
     Args:
         engine: the engine, fresh or not.
-        tensors: tensors named `<parameter>.<key>`, complete.
+        tensors: whole tensors named `<parameter>.<key>`, complete.
     """
     keys = sorted({name.rsplit(".", 1)[1] for name in tensors})
     if not keys:
@@ -104,11 +128,39 @@ def write_optimizer(engine: TrainingEngine, tensors: dict[str, Tensor]) -> None:
         for key in keys:
             if key == STEP_KEY:
                 continue
-            value = tensors[f"{name}.{key}"].to(engine.mesh.device)
+            value = _own_piece(engine, name, tensors[f"{name}.{key}"])
             if engine.zero_optimizer is None:
                 engine.optimizer.state[owner][key].copy_(value)
             else:
                 _set(engine, parameter, value, key)
+
+
+def _own_piece(engine: TrainingEngine, name: str, whole: Tensor) -> Tensor:
+    mesh, part = engine.mesh, engine.partition.parts[name]
+    own = piece(whole, part.dimension, mesh.tensor_parallel_rank, mesh.tensor_parallel_size)
+    return own.to(mesh.device)
+
+
+def _collect(engine: TrainingEngine, part: Part, value: Tensor | None) -> Tensor | None:
+    """Puts the pieces of a tensor together and brings it to rank 0; collective.
+
+    Args:
+        engine: the engine.
+        part: where the tensor lives.
+        value: this process's piece of it, None on other stages.
+
+    Returns:
+        The whole tensor on the host of rank 0, None elsewhere.
+    """
+    mesh = engine.mesh
+    if value is not None:
+        value = value.detach()
+        if part.dimension is not None:
+            value = gather_pieces(value, part.dimension, mesh)
+    if mesh.data_parallel_rank or mesh.tensor_parallel_rank:
+        return None
+    value = bring_to_first_stage(value, part, mesh)
+    return None if value is None else _on_host(value)
 
 
 def _link_states(engine: TrainingEngine) -> None:

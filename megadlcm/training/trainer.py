@@ -12,14 +12,15 @@ from data_pipeline.batch import StepBatch
 from data_pipeline.loader import StepLoader
 from data_pipeline.tokenizer import Tokenizer
 from megadlcm.config import RunConfig
-from megadlcm.model import DLCM, LanguageModel
+from megadlcm.model import LanguageModel
+from megadlcm.model.output import ModelOutput
 from megadlcm.model.self_check import check_causality
 from megadlcm.training.checkpoint import save_checkpoint
 from megadlcm.training.engine import TrainingEngine
 from megadlcm.training.evaluate import Evaluator
 from megadlcm.training.metrics import MetricsWriter, step_row
 from megadlcm.training.progress import ProgressReport
-from megadlcm.training.samples import choose_documents, marked_text
+from megadlcm.training.samples import choose_documents, marked_text, text_batch
 from megadlcm.training.schedule import (
     apply_learning_rates,
     learning_rate_factor,
@@ -92,8 +93,9 @@ class Trainer:
         Raises:
             NonFiniteError: a loss or a gradient was not finite.
         """
+        pipeline = self.engine.pipeline
         with self.engine.whole_model() as model:
-            check_causality(model)
+            check_causality(model, forward=pipeline.output, share=pipeline.share_from_head)
         try:
             while self.state.step < self.train_steps:
                 self.train_one()
@@ -128,8 +130,7 @@ class Trainer:
             self._log(batch, result, step_seconds, data_seconds)
 
     def _calibrate(self, batch: StepBatch) -> None:
-        model = self.engine.model
-        if isinstance(model, DLCM) and model.boundary_detector.calibrates:
+        if self.config.model.calibrates:
             offset = calibrate_boundaries(self.engine, self.config, batch)
             self.progress.say(f"boundary offset set to {offset:.4f} from the first batch")
 
@@ -137,6 +138,9 @@ class Trainer:
         self, batch: StepBatch, result: StepResult, step_seconds: float, data_seconds: float
     ) -> None:
         digest = global_batch_digest(self.engine, batch)
+        rates: dict[str, float] = {}
+        for own in self.engine.mesh.gather_over_pipeline(learning_rates(self.engine.optimizer)):
+            rates |= own
         if self.metrics is None:
             return
         summary = result.summary
@@ -156,7 +160,7 @@ class Trainer:
             result,
             self.state,
             self.config,
-            learning_rates=learning_rates(self.engine.optimizer),
+            learning_rates=rates,
             timing=timing,
             digest=digest,
             world_size=self.engine.mesh.world_size,
@@ -169,7 +173,8 @@ class Trainer:
         if self.evaluator is None:
             return
         with self.engine.whole_model() as model:
-            row = {"step": self.state.step} | self.evaluator.run(model)
+            passes = self.engine.pipeline.outputs
+            row = {"step": self.state.step} | self.evaluator.run(model, passes)
             text = self._sample_texts(model)
         if self.metrics is None:
             return
@@ -192,9 +197,22 @@ class Trainer:
         if self.config.model.architecture != "dlcm":
             return ""
         documents = choose_documents(self.evaluator.documents, count)
-        device = self.engine.mesh.device
+        tokenizer, device = self.data.tokenizer, self.engine.mesh.device
+        batches = [text_batch(document, tokenizer.eos_id, device) for document in documents]
+        masks: list[list[bool]] = []
+
+        def keep(_: int, output: ModelOutput) -> None:
+            assert output.boundary_mask_T is not None
+            masks.append(output.boundary_mask_T.tolist())
+
+        was_training = model.training
+        model.eval()
+        self.engine.pipeline.outputs(batches, keep)
+        model.train(was_training)
+        shared = self.engine.pipeline.share_from_head(masks)
         return "\n".join(
-            marked_text(model, document, self.data.tokenizer, device) for document in documents
+            marked_text(document, mask, tokenizer)
+            for document, mask in zip(documents, shared, strict=True)
         )
 
     def _save(self) -> None:

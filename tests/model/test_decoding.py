@@ -59,7 +59,7 @@ def test_the_backbone_runs_once_for_each_boundary(
         def count(_module: object, _inputs: object, name: str = name) -> None:
             runs[name] += 1
 
-        stack.blocks[0].attention.wo.register_forward_pre_hook(count)
+        stack.layers[0].attention.wo.register_forward_pre_hook(count)
     (tokens_T,) = random_documents([NUM_TOKENS], seed=32)
     decode(model, tokens_T)
     stepped = dict(runs)

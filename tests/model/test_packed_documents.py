@@ -219,7 +219,7 @@ def test_blocks_are_recomputed_when_asked() -> None:
         model.set_recompute(recompute)
         calls: list[str] = []
         for stack in model.stacks:
-            for block in stack.blocks:
+            for block in stack.layers:
                 block.attention.register_forward_pre_hook(lambda *_, calls=calls: calls.append(""))
         detector_calls: list[str] = []
         model.boundary_detector.register_forward_pre_hook(
@@ -232,7 +232,7 @@ def test_blocks_are_recomputed_when_asked() -> None:
 
 def test_an_unknown_recompute_mode_is_refused() -> None:
     """The message names what is possible."""
-    with pytest.raises(ValueError, match="none or block"):
+    with pytest.raises(ValueError, match="none, selective or block"):
         tiny_model().set_recompute("full")
 
 

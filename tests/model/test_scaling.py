@@ -207,7 +207,7 @@ def measure(model: DLCM, tokens_T: Tensor, cu: Tensor, labels_T: Tensor) -> dict
             found[name] = output
 
         handles.append(stack.register_forward_pre_hook(keep_input))
-        handles.append(stack.blocks[-1].register_forward_hook(keep_output))
+        handles.append(stack.layers[-1].register_forward_hook(keep_output))
     with torch.no_grad():
         logits_TV = model(tokens_T, cu).logits_TV
     for handle in handles:

@@ -156,7 +156,7 @@ def test_a_run_of_one_process_makes_a_group_of_its_own() -> None:
     assert join_process_group() == mesh
     assert (mesh.data_parallel_rank, mesh.data_parallel_size, mesh.is_writer) == (0, 1, True)
     assert mesh.sum_over_data_parallel(torch.tensor([2.0])).tolist() == [2.0]
-    assert mesh.gather_objects("a") == ["a"] and mesh.broadcast_object("b") == "b"
+    assert mesh.gather_over_data_parallel("a") == ["a"] and mesh.broadcast_object("b") == "b"
 
 
 def collect_on_each_rank() -> dict[str, Any]:
@@ -165,7 +165,7 @@ def collect_on_each_rank() -> dict[str, Any]:
     return {
         "rank": (mesh.rank, mesh.world_size, mesh.local_rank, mesh.is_writer),
         "sum": mesh.sum_over_data_parallel(torch.tensor([1.0, mesh.rank])).tolist(),
-        "gathered": mesh.gather_objects({"rank": mesh.rank}),
+        "gathered": mesh.gather_over_data_parallel({"rank": mesh.rank}),
         "broadcast": mesh.broadcast_object(f"from {mesh.rank}"),
     }
 

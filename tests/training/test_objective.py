@@ -143,7 +143,7 @@ def test_means_over_micro_batches_are_not_the_mean_over_the_batch(
     def per_micro_batch(
         self: Objective, output: ModelOutput, labels_T: Tensor, totals: StepTotals
     ) -> MicroBatchResult:
-        own = StepTotals(labels_T.numel() * self.averaged_over, None)
+        own = StepTotals(labels_T.numel(), None)
         return exact(self, output, labels_T, own)
 
     config = sgd_run(make_run, corpus, micro=1)

@@ -82,7 +82,7 @@ def boundary_fractions(
     detector = model.boundary_detector.train()
     groups = [g for g in parameter_groups(model, config) if g["mup_group"] == "boundary"]
     optimizer = torch.optim.AdamW(groups)
-    objective = Objective(config, one_process(), 1)
+    objective = Objective(config, one_process())
     controller, state = RatioController(config), TrainState()
     hidden_TD = encoder_like_states(4096, common)
     packing = packing_from_offsets(torch.arange(0, 4097, document), 4096)
@@ -96,8 +96,10 @@ def boundary_fractions(
         flat = ModelOutput(torch.zeros(4096, 2), packing, output)
         previous = torch.tensor(fractions[-1]) if delayed and fractions else None
         totals = StepTotals(4096, previous)
-        loss, stats = objective(flat, torch.zeros(4096, dtype=torch.long), totals)
+        loss = objective.ratio_loss(output, packing, totals)
+        assert loss is not None
         loss.backward()
+        stats = objective(flat, torch.zeros(4096, dtype=torch.long), totals).stats
         fractions.append(StepSummary.from_sums(stats.sums.tolist()).boundary_fraction)
         used = fractions[-1] if previous is None else float(previous)
         if optimizer.param_groups[0]["steered"]:

@@ -19,6 +19,7 @@ from megadlcm.training.samples import (
     choose_documents,
     mark_boundaries,
     marked_text,
+    text_batch,
 )
 
 CPU = torch.device("cpu")
@@ -88,32 +89,28 @@ def test_every_domain_is_seen_before_one_is_seen_twice() -> None:
     assert choose_documents(documents("aab"), 0) == choose_documents([], 4) == []
 
 
-@pytest.mark.parametrize("training", [True, False])
 def test_a_marked_text_shows_what_the_model_decides(
-    make_run: Callable[..., RunConfig], corpus: Path, tokenizer: Tokenizer, training: bool
+    make_run: Callable[..., RunConfig], corpus: Path, tokenizer: Tokenizer
 ) -> None:
     config = make_run()
-    model = build_model(config.model, config.mup).train(training)
+    model = build_model(config.model, config.mup).eval()
     assert isinstance(model, DLCM)
     document = next(iter(open_documents(corpus / "valid")))
-    heading, body = marked_text(model, document, tokenizer, CPU).rstrip("\n").split("\n")
-    assert model.training == training
-    tokens_T = torch.tensor([tokenizer.eos_id, *document.tokens_T.tolist()])
-    offsets = torch.tensor([0, len(tokens_T)], dtype=torch.int32)
+    batch = text_batch(document, tokenizer.eos_id, CPU)
+    assert batch.tokens_T.tolist() == [tokenizer.eos_id, *document.tokens_T.tolist()]
     with torch.no_grad():
-        mask_T = model.eval()(tokens_T, offsets).boundary_mask_T
+        mask_T = model(batch.tokens_T, batch.cu_seqlens).boundary_mask_T
+    text = marked_text(document, mask_T.tolist(), tokenizer)
+    heading, body = text.rstrip("\n").split("\n")
     ratio = len(mask_T) / int(mask_T.sum())
     assert heading == f"== {document.domain} / {document.id}: {ratio:.2f} tokens per concept =="
     assert body.replace(BOUNDARY_MARK, "") == tokenizer.decode(document.tokens_T)
     assert body.count(BOUNDARY_MARK) == int(mask_T[2:].sum()) > 0
 
 
-def test_a_long_document_is_shown_in_part(
-    make_run: Callable[..., RunConfig], tokenizer: Tokenizer
-) -> None:
-    config = make_run(model={"architecture": "dense"})
+def test_a_long_document_is_shown_in_part(tokenizer: Tokenizer) -> None:
     tokens = tokenizer.encode("the cat " * SAMPLE_TOKENS)
     document = Document("long", "en", "", 8 * SAMPLE_TOKENS, np.array(tokens))
-    text = marked_text(build_model(config.model, config.mup), document, tokenizer, CPU)
+    text = marked_text(document, [], tokenizer)
     shown = tokenizer.decode(tokens[: SAMPLE_TOKENS - 1])
     assert text == f"== en / long: no concepts ==\n{shown}\n"

@@ -1,0 +1,149 @@
+"""In which order each stage runs its chunks: a pure function that every process computes. Stdlib only.
+
+A stage that is free runs a backward pass that is ready, else the forward pass of the deepest chunk
+that is ready, as long as no more than (chunks - c) micro-batches are between the two at chunk c.
+With one chunk for each stage that is 1F1B; with the folded placement it is its counterpart.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Operation(NamedTuple):
+    """One pass of one micro-batch through one chunk."""
+
+    kind: str
+    """`forward` or `backward`."""
+    chunk: int
+    """Index of the chunk."""
+    micro_batch: int
+    """Index of the micro-batch."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The operations of every stage, and what they cost in a simulated run."""
+
+    operations: tuple[tuple[Operation, ...], ...]
+    """For each stage, in its order."""
+    stage_of_chunk: tuple[int, ...]
+    """Stage of each chunk."""
+    makespan: float
+    """Simulated time from the first operation to the end of the last, in units of cost."""
+    bubble: float
+    """Share of that time that the stages are idle, on average."""
+    peak_in_flight: tuple[tuple[int, ...], ...]
+    """For each stage, the micro-batches of each of its chunks that it holds between forward and
+    backward, at the moment when the sum of their costs is largest; one entry for each own chunk."""
+
+
+def pipeline_schedule(
+    stage_of_chunk: Sequence[int],
+    cost_of_chunk: Sequence[float],
+    num_micro_batches: int,
+    forward_only: bool = False,
+) -> Schedule:
+    """Orders forward and backward passes; a backward pass costs two forward passes.
+
+    Args:
+        stage_of_chunk: stage of each chunk, in the order of the computation.
+        cost_of_chunk: forward cost of each chunk, any unit.
+        num_micro_batches: micro-batches of a step.
+        forward_only: leaves the backward passes out.
+
+    Returns:
+        The schedule.
+    """
+    simulation = _Simulation(stage_of_chunk, cost_of_chunk, num_micro_batches, forward_only)
+    return simulation.run()
+
+
+class _Simulation:
+    """Discrete events: stages become free, what they made becomes ready for others."""
+
+    def __init__(
+        self, stages: Sequence[int], costs: Sequence[float], micro_batches: int, forward_only: bool
+    ) -> None:
+        self.stages, self.micro_batches, self.forward_only = (
+            tuple(stages),
+            micro_batches,
+            forward_only,
+        )
+        smallest = max(costs, default=1.0) * 1e-6 or 1.0
+        self.costs = [max(cost, smallest) for cost in costs]
+        self.num_chunks, self.num_stages = len(stages), max(stages) + 1
+        # micro-batches of each chunk that were started and those that are ready to start
+        self.started = {kind: [0] * self.num_chunks for kind in ("forward", "backward")}
+        self.ready = {kind: [0] * self.num_chunks for kind in ("forward", "backward")}
+        self.ready["forward"][0] = micro_batches
+        self.operations: list[list[Operation]] = [[] for _ in range(self.num_stages)]
+        self.done_backward = [0] * self.num_chunks
+        self.peak: list[tuple[float, tuple[int, ...]]] = [(0.0, ()) for _ in range(self.num_stages)]
+
+    def run(self) -> Schedule:
+        """Plays the step."""
+        events: list[tuple[float, int, Operation]] = []
+        free = [True] * self.num_stages
+        busy, now = 0.0, 0.0
+        while True:
+            for stage in range(self.num_stages):
+                operation = self._choose(stage) if free[stage] else None
+                if operation is not None:
+                    free[stage] = False
+                    cost = self.costs[operation.chunk] * (1 if operation.kind == "forward" else 2)
+                    busy += cost
+                    heapq.heappush(events, (now + cost, stage, operation))
+            if not events:
+                break
+            now = events[0][0]
+            while events and events[0][0] <= now:
+                _, stage, operation = heapq.heappop(events)
+                free[stage] = True
+                self._complete(operation)
+        return Schedule(
+            tuple(map(tuple, self.operations)),
+            self.stages,
+            now,
+            1.0 - busy / (now * self.num_stages) if now else 0.0,
+            tuple(counts for _, counts in self.peak),
+        )
+
+    def _choose(self, stage: int) -> Operation | None:
+        chunks = [chunk for chunk in range(self.num_chunks) if self.stages[chunk] == stage]
+        for kind in ("backward", "forward"):
+            for chunk in reversed(chunks):
+                micro_batch = self.started[kind][chunk]
+                if micro_batch >= self.ready[kind][chunk]:
+                    continue
+                in_flight = micro_batch - self.done_backward[chunk]
+                full = in_flight >= self.num_chunks - chunk
+                if kind == "forward" and full and not self.forward_only:
+                    continue
+                self.started[kind][chunk] += 1
+                operation = Operation(kind, chunk, micro_batch)
+                self.operations[stage].append(operation)
+                self._note_peak(stage, chunks)
+                return operation
+        return None
+
+    def _complete(self, operation: Operation) -> None:
+        kind, chunk, _ = operation
+        if kind == "backward":
+            self.done_backward[chunk] += 1
+            if chunk:
+                self.ready["backward"][chunk - 1] += 1
+        elif chunk + 1 < self.num_chunks:
+            self.ready["forward"][chunk + 1] += 1
+        elif not self.forward_only:
+            self.ready["backward"][chunk] += 1
+
+    def _note_peak(self, stage: int, chunks: list[int]) -> None:
+        counts = tuple(
+            self.started["forward"][chunk] - self.done_backward[chunk] for chunk in chunks
+        )
+        held = sum(count * self.costs[chunk] for count, chunk in zip(counts, chunks, strict=True))
+        self.peak[stage] = max(self.peak[stage], (held, counts))
