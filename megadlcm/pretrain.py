@@ -20,8 +20,10 @@ from data_pipeline.samples import SourceSummary, check_sources
 from data_pipeline.tokenizer import load_tokenizer
 from megadlcm.config import RunConfig
 from megadlcm.model.language_model import attention_backend
+from megadlcm.parallel.liveness import report_failure
 from megadlcm.parallel.mesh import (
     ParallelMesh,
+    abandon_process_group,
     choose_device,
     join_process_group,
     launch_environment,
@@ -64,19 +66,33 @@ def run(config: RunConfig) -> int:
             trainer.fit()
         return 0
     except NonFiniteError as error:
+        _leave_others(error)
         logger.error("%s", error)
         print(f"error: {error}", file=sys.stderr)
         return 1
     except InputError as error:
+        _leave_others(error)
         logger.error("%s", error)
         raise
-    except Exception:
+    except Exception as error:
         logger.exception("the run failed")
-        raise
+        explained = _leave_others(error)
+        if explained is None:
+            raise
+        logger.error("%s", explained)
+        print(f"error: {explained}", file=sys.stderr)
+        return 1
     finally:
         for name in _LOGGERS:
             logging.getLogger(name).removeHandler(handler)
         handler.close()
+
+
+def _leave_others(error: Exception) -> str | None:
+    """Tells the other processes, and finds out whether one of them is the cause."""
+    explained = report_failure(error)
+    abandon_process_group()
+    return explained
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ def run_distributed(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "call").write_bytes(pickle.dumps((function, arguments)))
-        port = _free_port()
+        port = free_port()
         processes = [_start(folder, rank, world_size, port) for rank in range(world_size)]
         try:
             _wait(processes, time.monotonic() + timeout_seconds)
@@ -112,7 +112,8 @@ def _path(folder: Path, rank: int, suffix: str = ".result") -> Path:
     return folder / f"rank_{rank}{suffix}"
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody uses now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]

@@ -30,6 +30,7 @@ from tests.tiny_runs import random_text, tiny_engine, tiny_run
 
 SEQ_LEN = 64
 NUM_STEPS = 3
+GLOBAL_BATCH = 8
 
 
 class Layout(NamedTuple):
@@ -105,13 +106,13 @@ def write_uneven(corpus: Path) -> Path:
 
 
 def parity_run(
-    corpus: Path, output: Path, layout: Layout, *, precision: str = "fp32", **model: Any
+    corpus: Path, output: Path, layout: Layout, **model: Any
 ) -> RunConfig:
     """Three steps of SGD with clipping on packed documents of uneven length."""
     shape = {
-        "encoder_layers": 2,
-        "backbone_layers": 3,
-        "decoder_layers": 2,
+        "encoder_layers": 1,
+        "backbone_layers": 2,
+        "decoder_layers": 1,
         "token_heads": 8,
         "token_kv_heads": 4,
         "d_token": 32,
@@ -128,7 +129,7 @@ def parity_run(
         data={"train": [{"path": str(corpus / "uneven"), "name": "uneven"}], "seq_len": SEQ_LEN},
         parallel=layout.keys(),
         training={
-            "global_batch_size": 8,
+            "global_batch_size": GLOBAL_BATCH,
             "micro_batch_size": layout.micro,
             "max_grad_norm": 0.5,
             "ratio_loss_weight": 1.0,

@@ -81,11 +81,13 @@ class CopyToLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, group: Group) -> Tensor:
+        """Runs the forward pass."""
         ctx.group = group
         return states.view_as(states)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Runs the backward pass."""
         # a copy: autograd may hand the same tensor to somebody else
         summed = gradient.clone(memory_format=torch.contiguous_format)
         return all_reduce(summed, ctx.group, "tensor parallel sum of gradients"), None
@@ -96,11 +98,13 @@ class SumFromLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, partial: Tensor, group: Group) -> Tensor:
+        """Runs the forward pass."""
         summed = partial.clone(memory_format=torch.contiguous_format)
         return all_reduce(summed, group, "tensor parallel sum")
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Runs the backward pass."""
         return gradient, None
 
 
@@ -109,11 +113,13 @@ class GatherToLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, num_rows: int, group: Group) -> Tensor:
+        """Runs the forward pass."""
         ctx.group = group
         return gather_rows(rows, num_rows, group, "sequence parallel gather")
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """Runs the backward pass."""
         return reduce_rows(gradient, ctx.group, "sequence parallel sum of gradients"), None, None
 
 
@@ -122,11 +128,13 @@ class ReduceFromLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, partial: Tensor, group: Group) -> Tensor:
+        """Runs the forward pass."""
         ctx.group, ctx.num_rows = group, partial.shape[0]
         return reduce_rows(partial, group, "sequence parallel sum")
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Runs the backward pass."""
         what = "sequence parallel gather of gradients"
         return gather_rows(gradient, ctx.num_rows, ctx.group, what), None
 
@@ -136,11 +144,13 @@ class SplitRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, whole: Tensor, group: Group) -> Tensor:
+        """Runs the forward pass."""
         ctx.group, ctx.num_rows = group, whole.shape[0]
         return own_rows(whole, group).clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Runs the backward pass."""
         what = "sequence parallel gather of gradients"
         return gather_rows(gradient, ctx.num_rows, ctx.group, what), None
 
@@ -150,9 +160,11 @@ class JoinRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, num_rows: int, group: Group) -> Tensor:
+        """Runs the forward pass."""
         ctx.group = group
         return gather_rows(rows, num_rows, group, "sequence parallel gather")
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """Runs the backward pass."""
         return own_rows(gradient, ctx.group).clone(), None, None

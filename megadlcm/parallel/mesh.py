@@ -21,7 +21,7 @@ from torch import Tensor
 
 from data_pipeline.errors import InputError
 from megadlcm.config import ParallelConfig
-from megadlcm.parallel.liveness import doing
+from megadlcm.parallel.liveness import doing, start_watch, stop_watch
 
 DEFAULT_MASTER_PORT = 29400
 
@@ -321,10 +321,19 @@ def join_process_group(parallel: ParallelConfig | None = None) -> ParallelMesh:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        timeout = timedelta(seconds=parallel.collective_timeout_seconds)
+        # the watch ends a process that waits too long, and says for whom; the backend's own
+        # timeout, which names nobody, is only the backstop
+        timeout = timedelta(seconds=1.5 * parallel.collective_timeout_seconds + 60.0)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         _initialize(launch, backend, timeout)
         atexit.register(leave_process_group)
+        start_watch(
+            launch.rank,
+            launch.world_size,
+            launch.master_address,
+            launch.master_port,
+            parallel.collective_timeout_seconds,
+        )
     return make_mesh(launch, device, parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
 
 
@@ -409,8 +418,14 @@ def _initialize(launch: LaunchEnvironment, backend: str, timeout: timedelta) -> 
     )
 
 
+def abandon_process_group() -> None:
+    """Lets a process that failed end at once: to leave in order would wait for the others."""
+    atexit.unregister(leave_process_group)
+
+
 def leave_process_group() -> None:
     """Leaves the process group at the end of the process."""
+    stop_watch()
     if dist.is_initialized():
         _groups.clear()
         dist.destroy_process_group()

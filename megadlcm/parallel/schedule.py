@@ -1,4 +1,6 @@
-"""In which order each stage runs its chunks: a pure function that every process computes. Stdlib only.
+"""In which order each stage runs its chunks: a pure function of its arguments. Stdlib only.
+
+Every process computes the order of all stages, so that it knows what they send, and when.
 
 A stage that is free runs a backward pass that is ready, else the forward pass of the deepest chunk
 that is ready, as long as no more than (chunks - c) micro-batches are between the two at chunk c.

@@ -8,9 +8,9 @@ one micro-batch is therefore the share of its *sums* in the whole step, times th
 N counts the tokens of the whole step on all replicas, w is `training.ratio_loss_weight` and
 s_t = R (R F - 1) / (R - 1) is the gradient of the ratio loss (DLCM Eq. 8-10). F is taken over the
 whole step (`learned_global`, `ema_ste`) or over the token's own document (`learned_local`).
-So the gradient of a step does not depend on how it was cut into micro-batches or over replicas. Each
-of the two terms belongs to one stage of a pipeline: cross-entropy to the head, ratio loss to the
-boundary detector.
+So the gradient of a step does not depend on how it was cut into micro-batches or over replicas.
+Each of the two terms belongs to one stage of a pipeline: cross-entropy to the head, ratio loss to
+the boundary detector.
 """
 
 from __future__ import annotations

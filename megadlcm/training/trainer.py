@@ -15,6 +15,7 @@ from megadlcm.config import RunConfig
 from megadlcm.model import LanguageModel
 from megadlcm.model.output import ModelOutput
 from megadlcm.model.self_check import check_causality
+from megadlcm.parallel.liveness import arrive
 from megadlcm.training.checkpoint import save_checkpoint
 from megadlcm.training.engine import TrainingEngine
 from megadlcm.training.evaluate import Evaluator
@@ -111,6 +112,7 @@ class Trainer:
 
     def train_one(self) -> None:
         """Runs the next step and logs it."""
+        arrive(f"step {self.state.step + 1}")
         started = time.perf_counter()
         batch = next(self.data.loader)
         data_seconds = time.perf_counter() - started
@@ -172,6 +174,7 @@ class Trainer:
     def _evaluate(self) -> None:
         if self.evaluator is None:
             return
+        arrive(f"evaluation after step {self.state.step}")
         with self.engine.whole_model() as model:
             passes = self.engine.pipeline.outputs
             row = {"step": self.state.step} | self.evaluator.run(model, passes)
@@ -218,6 +221,7 @@ class Trainer:
     def _save(self) -> None:
         if self._saved_step == self.state.step:
             return
+        arrive(f"checkpoint of step {self.state.step}")
         if self.metrics is not None:
             self.metrics.flush()
         folder = save_checkpoint(self.engine, self.config, self.state, self.data.identity)

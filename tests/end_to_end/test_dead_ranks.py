@@ -1,0 +1,200 @@
+"""A process that dies, stops or fails in a step: the others end soon and name it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed import free_port
+from tests.train_processes import last_step, write_run_file
+
+pytestmark = pytest.mark.slow
+
+TIMEOUT = 4.0
+"""parallel.collective_timeout_seconds of these runs."""
+GRACE = 40.0
+"""How long after that everything must be over, on a slow machine."""
+LAYOUTS = {
+    "data": {},
+    "tensor_pipeline": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+}
+Ranks = list["subprocess.Popen[str]"]
+StartRanks = Callable[..., tuple[Ranks, Path]]
+
+
+@pytest.fixture
+def start(corpus: Path, tmp_path: Path) -> Iterator[StartRanks]:
+    """Function(world size, own words of a rank, **parallel) -> its processes and run folder."""
+    started: Ranks = []
+
+    def run(
+        world_size: int, words_of: dict[int, list[str]] | None = None, **parallel: Any
+    ) -> tuple[Ranks, Path]:
+        folder = tmp_path / "run"
+        timeout = {"collective_timeout_seconds": TIMEOUT}
+        file = write_run_file(
+            tmp_path / "run.yaml",
+            corpus,
+            folder,
+            model={"token_kv_heads": 2},
+            parallel=timeout | parallel,
+            training={"train_steps": 100_000, "global_batch_size": 4, "micro_batch_size": 1},
+            checkpoint={"interval_steps": 0},
+            evaluation={"interval_steps": 0},
+            data={"valid": []},
+        )
+        port = free_port()
+        for rank in range(world_size):
+            words = ["train", str(file), *(words_of or {}).get(rank, [])]
+            started.append(start_rank(rank, world_size, port, words))
+        return started, folder
+
+    yield run
+    for process in started:
+        process.kill()
+        process.wait()
+        assert process.stderr is not None
+        process.stderr.close()
+
+
+def start_rank(rank: int, world_size: int, port: int, words: list[str]) -> subprocess.Popen[str]:
+    """One process of a run, as a launcher starts it."""
+    environment = {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "megadlcm", *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | environment,
+    )
+
+
+def wait_for_step(ranks: Ranks, folder: Path, step: int = 3) -> None:
+    """Waits until a run is in the middle of its steps."""
+    deadline = time.monotonic() + 120.0
+    while last_step(folder) < step:
+        for process in ranks:
+            assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def errors_of(ranks: Ranks, victim: int) -> list[str]:
+    """The error line of each process but one, all of which must have ended with code 1."""
+    lines = []
+    for rank, process in enumerate(ranks):
+        if rank == victim:
+            continue
+        _, complaints = process.communicate(timeout=TIMEOUT + GRACE)
+        assert process.returncode == 1, complaints
+        found = [line for line in complaints.splitlines() if line.startswith("error: ")]
+        assert len(found) == 1, complaints
+        lines.append(found[0])
+    return lines
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_dies_or_stops_is_named(
+    how: signal.Signals, layout: str, start: StartRanks
+) -> None:
+    world_size, victim = (2, 1) if layout == "data" else (4, 2)
+    ranks, folder = start(world_size, **LAYOUTS[layout])
+    wait_for_step(ranks, folder)
+    ranks[victim].send_signal(how)
+    for line in errors_of(ranks, victim):
+        assert re.search(r"step \d+: rank \d+ \(\S+, pid \d+\)", line), line
+        assert f"rank {victim} (" in line and f"pid {ranks[victim].pid}" in line, line
+        assert "no sign of life" in line
+        assert re.search(r"(sum|gather|average|send|receive|step|pass|broadcast|maximum)", line)
+        # nobody else is accused
+        accused = re.findall(r"rank (\d+) \(\S+, pid \d+\) gives", line)
+        assert accused == [str(victim)], line
+
+
+def test_the_loss_of_rank_0_is_noticed(start: StartRanks) -> None:
+    """It holds the store on which the others show that they live."""
+    ranks, folder = start(2)
+    wait_for_step(ranks, folder)
+    ranks[0].kill()
+    (line,) = errors_of(ranks, victim=0)
+    assert "rank 0 is gone" in line or "rank 0 (" in line
+
+
+def test_a_data_error_of_one_rank_is_told_to_the_others(
+    corpus: Path, tmp_path: Path, start: StartRanks
+) -> None:
+    """Rank 1 reads a copy of the shards in which a byte is wrong."""
+    damaged = tmp_path / "damaged"
+    shutil.copytree(corpus / "train", damaged)
+    (tar,) = damaged.glob("*.tar")
+    content = bytearray(tar.read_bytes())
+    for position in range(600, len(content), 2048):
+        content[position] ^= 1
+    tar.write_bytes(bytes(content))
+    ranks, _ = start(2, {1: [f"data.train=[{{path: {damaged}, name: train}}]"]})
+    (line,) = errors_of(ranks, victim=1)
+    assert "rank 1 (" in line and "failed: " in line and str(damaged) in line, line
+    assert ranks[1].wait(timeout=GRACE) == 2
+
+
+def test_nothing_else_would_end_the_others(start: StartRanks) -> None:
+    """Negative control: with a longer timeout they are still there when the others had ended."""
+    ranks, folder = start(2, collective_timeout_seconds=600.0)
+    wait_for_step(ranks, folder)
+    ranks[1].send_signal(signal.SIGSTOP)
+    time.sleep(4 * TIMEOUT)
+    assert ranks[0].poll() is None
+
+
+def test_torchrun_leaves_no_process_behind(corpus: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    file = write_run_file(
+        tmp_path / "run.yaml",
+        corpus,
+        folder,
+        parallel={"collective_timeout_seconds": TIMEOUT},
+        training={"train_steps": 100_000, "global_batch_size": 4, "micro_batch_size": 1},
+        checkpoint={"interval_steps": 0},
+        data={"valid": []},
+    )
+    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    launcher = subprocess.Popen(
+        [sys.executable, *command, "-m", "megadlcm", "train", str(file)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+    )
+    wait_for_step([launcher], folder)
+    children = children_of(launcher.pid)
+    assert len(children) == 2
+    os.kill(children[1], signal.SIGKILL)
+    _, complaints = launcher.communicate(timeout=TIMEOUT + 2 * GRACE)
+    assert launcher.returncode == 1
+    assert "error: " in complaints
+    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+
+
+def children_of(pid: int) -> list[int]:
+    """Processes that a process started, oldest first."""
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return sorted(int(child) for child in path.read_text().split())
