@@ -6,7 +6,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from data_pipeline.errors import InputError
 from megadlcm.config import RunConfig
 from megadlcm.config.accounting import (
     count_parameters,
@@ -14,32 +13,20 @@ from megadlcm.config.accounting import (
     flops_per_token,
     matmul_parameters_per_token,
 )
-from megadlcm.config.memory import MemoryEstimate, estimate_memory
+from megadlcm.parallel.memory import MemoryEstimate
+from megadlcm.plan_layout import (
+    TRAINING_PASSES,
+    Hardware,
+    LayoutPlan,
+    describe_layout,
+    plan_layout,
+    projected_utilization,
+)
+from megadlcm.plan_search import Ranking, check_device_memory
 
-TRAINING_PASSES = 3
-"""Forward once, backward twice; repeated work of recomputation does not count."""
+__all__ = ["Hardware", "Plan", "make_plan", "plan_to_dict", "ranking_to_dict", "render_plan"]
+
 _GIB = 2.0**30
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """The machines of a run."""
-
-    num_nodes: int = 1
-    """Nodes."""
-    gpus_per_node: int = 1
-    """Devices, and processes, of each node."""
-    peak_tflops: float | None = None
-    """Peak of one device in TFLOP/s; None means logging.peak_tflops."""
-    model_flops_utilization: float = 0.4
-    """Share of the peak that training is assumed to reach."""
-    device_memory_gib: float | None = None
-    """Memory of one device in GiB; None means that it is not checked."""
-
-    @property
-    def world_size(self) -> int:
-        """Processes of the run."""
-        return self.num_nodes * self.gpus_per_node
 
 
 @dataclass(frozen=True)
@@ -64,8 +51,12 @@ class Plan:
     """Forward FLOPs of one token of the dense control."""
     matmul_ratio: float
     """Matrix elements per token relative to the control: compute without attention maps."""
+    layout_name: str
+    """Sizes of the axes and how they are used."""
+    layout: LayoutPlan
+    """Stages, bubble, communication and time of a step."""
     memory: MemoryEstimate
-    """Bytes of one process."""
+    """Bytes of the fullest process."""
     train_steps: int
     """Optimizer steps."""
     step_tokens: int
@@ -74,6 +65,8 @@ class Plan:
     """FLOPs of the whole run, three times forward."""
     seconds: float | None
     """Time of the whole run; None where the peak of the hardware is not known."""
+    utilization: float | None
+    """Share of the peak that the run reaches, waiting and communication included."""
 
     @property
     def train_tokens(self) -> int:
@@ -99,31 +92,32 @@ def make_plan(config: RunConfig, hardware: Hardware) -> Plan:
     Raises:
         InputError: the run cannot work on these machines.
     """
-    replicas = hardware.world_size
-    accumulation = config.training.gradient_accumulation_steps(replicas)
+    layout = plan_layout(config, hardware)
+    check_device_memory(layout.memory.total, hardware)
     model, seq_len = config.model, config.data.seq_len
     control = dense_control(model)
     flops = flops_per_token(model, seq_len)
     matrices = matmul_parameters_per_token(model)["total"]
-    training_flops = TRAINING_PASSES * flops["total"] * config.total_steps * config.step_tokens
-    plan = Plan(
+    step = layout.step_seconds
+    return Plan(
         name=config.name,
         world_size=hardware.world_size,
-        data_parallel_size=replicas,
-        gradient_accumulation_steps=accumulation,
+        data_parallel_size=layout.data_parallel_size,
+        gradient_accumulation_steps=layout.micro_batches,
         parameters=count_parameters(model),
         flops_per_token=flops,
         control_parameters=count_parameters(control)["total"],
         control_flops_per_token=flops_per_token(control, seq_len)["total"],
         matmul_ratio=matrices / matmul_parameters_per_token(control)["total"],
-        memory=estimate_memory(config, replicas),
+        layout_name=describe_layout(config, layout.data_parallel_size),
+        layout=layout,
+        memory=layout.memory,
         train_steps=config.total_steps,
         step_tokens=config.step_tokens,
-        training_flops=training_flops,
-        seconds=_seconds(training_flops, config, hardware),
+        training_flops=TRAINING_PASSES * flops["total"] * config.total_steps * config.step_tokens,
+        seconds=None if step is None else step * config.total_steps,
+        utilization=None if step is None else projected_utilization(config, hardware, step),
     )
-    _check_memory(plan, hardware)
-    return plan
 
 
 def plan_to_dict(plan: Plan) -> dict[str, Any]:
@@ -134,30 +128,37 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "memory_total": plan.memory.total,
         "memory_total_worst": plan.memory.total_worst,
     }
-    return dataclasses.asdict(plan) | derived
+    return dataclasses.asdict(plan) | derived | {"layout": _layout_to_dict(plan.layout)}
+
+
+def ranking_to_dict(ranking: Ranking, count: int) -> dict[str, Any]:
+    """Spells the first layouts of a ranking in plain values, for `--json`."""
+    layouts = [
+        dataclasses.asdict(layout) | {"plan": _layout_to_dict(layout.plan)}
+        for layout in ranking.layouts[:count]
+    ]
+    return {
+        "layouts": layouts,
+        "layouts_that_fit": len(ranking.layouts),
+        "layouts_refused": ranking.refused,
+        "layouts_peak_tflops": ranking.peak_tflops,
+    }
+
+
+def _layout_to_dict(layout: LayoutPlan) -> dict[str, Any]:
+    values = dataclasses.asdict(layout)
+    for stage, spelled in zip(layout.stages, values["stages"], strict=True):
+        spelled["memory_total"] = stage.memory.total
+        spelled["memory_total_worst"] = stage.memory.total_worst
+    memory = layout.memory
+    totals = {"memory_total": memory.total, "memory_total_worst": memory.total_worst}
+    return values | {"step_seconds": layout.step_seconds} | totals
 
 
 def render_plan(plan: Plan) -> str:
     """Spells a plan as a table for a terminal."""
-    return "\n".join([*_size_lines(plan), "", *_memory_lines(plan), "", *_time_lines(plan)])
-
-
-def _seconds(training_flops: float, config: RunConfig, hardware: Hardware) -> float | None:
-    peak = hardware.peak_tflops or config.logging.peak_tflops
-    if peak is None:
-        return None
-    rate = peak * 1e12 * hardware.model_flops_utilization * hardware.world_size
-    return training_flops / rate
-
-
-def _check_memory(plan: Plan, hardware: Hardware) -> None:
-    limit = hardware.device_memory_gib
-    if limit is not None and plan.memory.total > limit * _GIB:
-        raise InputError(
-            f"one process needs {plan.memory.total / _GIB:.1f} GiB, must be <= --device-memory = "
-            f"{limit:g} GiB; raise parallel.zero_stage, set parallel.recompute=block or lower "
-            "training.micro_batch_size"
-        )
+    parts = [_size_lines(plan), _layout_lines(plan), _memory_lines(plan), _time_lines(plan)]
+    return "\n\n".join("\n".join(lines) for lines in parts)
 
 
 def _size_lines(plan: Plan) -> list[str]:
@@ -175,30 +176,72 @@ def _size_lines(plan: Plan) -> list[str]:
     return lines
 
 
+def _layout_lines(plan: Plan) -> list[str]:
+    """Stages and what crosses between them; a short form for one stage."""
+    layout, lines = plan.layout, [plan.layout_name]
+    if len(layout.stages) > 1:
+        head = f"{'stage':6}{'FLOPs':>7}{'parameters':>15}{'in flight':>11}{'GiB':>9}{'worst':>9}"
+        lines.append(f"{head}  units")
+        for stage in layout.stages:
+            lines.append(
+                f"{stage.stage:<6}{stage.flops_share:>7.1%}{stage.parameters:>15,}"
+                f"{' + '.join(map(str, stage.in_flight)):>11}{stage.memory.total / _GIB:>9.2f}"
+                f"{stage.memory.total_worst / _GIB:>9.2f}  {', '.join(stage.units)}"
+            )
+        lines.append(
+            f"heaviest stage {layout.imbalance:.3f} of the mean; {layout.bubble:.1%} of the time "
+            "waiting for other stages"
+        )
+    traffic = layout.traffic
+    lines.append(
+        f"GiB sent by a process in a step: {traffic.tensor / _GIB:.3f} inside layers, "
+        f"{traffic.pipeline / _GIB:.3f} between stages, {traffic.data / _GIB:.3f} between replicas"
+    )
+    if len(layout.stages) > 1:
+        folded = traffic.pipeline_folded
+        lines.append(
+            f"GiB between all stages of a replica: {traffic.pipeline_total / _GIB:.3f}; linear "
+            f"{traffic.pipeline_straight / _GIB:.3f}, with token states riding along "
+            f"{traffic.pipeline_riding / _GIB:.3f}, folded "
+            + ("not possible" if folded is None else f"{folded / _GIB:.3f}")
+        )
+    return lines
+
+
 def _memory_lines(plan: Plan) -> list[str]:
     memory = plan.memory
     rows = (
         ("weights", memory.parameters),
         ("gradients", memory.gradients),
         ("optimizer", memory.optimizer),
+        ("buffers", memory.buffers),
         ("activations", memory.activations),
         ("total", memory.total),
         ("total, every token a concept", memory.total_worst),
     )
-    head = f"memory of a process ({plan.data_parallel_size} data-parallel)"
+    head = "memory of the fullest process"
     return [f"{head:38}{'GiB':>14}", *(f"{name:38}{size / _GIB:>14.2f}" for name, size in rows)]
 
 
 def _time_lines(plan: Plan) -> list[str]:
-    if plan.seconds is None:
-        duration = "not known: give --peak-tflops or logging.peak_tflops"
+    layout, step = plan.layout, plan.layout.step_seconds
+    if plan.seconds is None or step is None or plan.utilization is None:
+        times = [f"{'time':20}not known: give --peak-tflops or logging.peak_tflops"]
     else:
         hours = plan.seconds / 3600
         duration = f"{hours / 24:,.1f} days" if hours >= 48 else f"{hours:,.2f} hours"
+        times = [
+            f"{'time of a step':20}{step:.3f} s: {layout.compute_seconds:.3f} computation with "
+            f"waiting, {layout.counting_seconds:.3f} counting boundaries first,",
+            f"{'':20}{layout.tensor_seconds:.3f} inside layers, {layout.pipeline_seconds:.3f} "
+            f"between stages, {layout.data_seconds:.3f} between replicas",
+            f"{'MFU':20}{plan.utilization:.1%}",
+            f"{'time':20}{duration}",
+        ]
     return [
         f"{'steps':20}{plan.train_steps:,} of {plan.step_tokens:,} tokens, "
         f"{plan.gradient_accumulation_steps} micro-batches per process",
         f"{'tokens':20}{plan.train_tokens:,}",
         f"{'training FLOPs':20}{plan.training_flops:.3e}",
-        f"{'time':20}{duration}",
+        *times,
     ]

@@ -105,9 +105,7 @@ def write_uneven(corpus: Path) -> Path:
     return corpus / "uneven"
 
 
-def parity_run(
-    corpus: Path, output: Path, layout: Layout, **model: Any
-) -> RunConfig:
+def parity_run(corpus: Path, output: Path, layout: Layout, **model: Any) -> RunConfig:
     """Three steps of SGD with clipping on packed documents of uneven length."""
     shape = {
         "encoder_layers": 1,

@@ -14,41 +14,34 @@ this costs nothing in a step. It also works where the main thread hangs inside o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, TypeVar
+
+from megadlcm.parallel.signs_of_life import Sign, Store
 
 logger = logging.getLogger(__name__)
+
+_Answer = TypeVar("_Answer")
 
 _LONGEST_BEAT = 5.0
 _BEATS_OF_SILENCE = 3.0
 """Heartbeats without a change after which a process counts as silent."""
+_BEATS_OF_HOSTING = 12
+"""Heartbeats for which a process that holds the board waits for the others to read it."""
+_FAILED = "liveness/failed"
 EXIT_CODE = 1
-
-
-class Store(Protocol):
-    """What is needed of torch's stores."""
-
-    def set(self, key: str, value: str) -> None:
-        """Writes a value."""
-        ...
-
-    def get(self, key: str) -> bytes:
-        """Reads a value, waiting for it."""
-        ...
-
-    def check(self, keys: list[str]) -> bool:
-        """Whether all keys exist."""
-        ...
 
 
 @dataclass
@@ -64,7 +57,7 @@ class _Present:
 _present = _Present()
 
 
-class doing:
+class doing:  # noqa: N801
     """Says what this process waits for while it is entered.
 
     Args:
@@ -98,31 +91,6 @@ def arrive(place: str) -> None:
     _present.place = place
 
 
-@dataclass(frozen=True)
-class Sign:
-    """One process as the board shows it."""
-
-    rank: int
-    host: str
-    pid: int
-    beat: int
-    place: str
-    waits_for: str | None
-    failure: str | None
-    left: bool
-    """Whether it ended because of another process."""
-
-    @property
-    def who(self) -> str:
-        """Rank, host and pid."""
-        return f"rank {self.rank} ({self.host}, pid {self.pid})"
-
-    @property
-    def doing(self) -> str:
-        """Its place and phase."""
-        return f"{self.place}, {self.waits_for or 'computing'}"
-
-
 class Liveness:
     """The heartbeat and the watch of this process.
 
@@ -131,6 +99,7 @@ class Liveness:
         rank: index of this process.
         world_size: processes of the run.
         timeout_seconds: longest phase of waiting.
+        is_hosted_by_rank_0: whether the store lives and dies with rank 0, not with a launcher.
         end: ends the process; for tests.
     """
 
@@ -140,13 +109,19 @@ class Liveness:
         rank: int,
         world_size: int,
         timeout_seconds: float,
+        is_hosted_by_rank_0: bool = True,
         end: Callable[[int], Any] = os._exit,
     ) -> None:
         self.store, self.rank, self.world_size = store, rank, world_size
         self.timeout_seconds, self.end = timeout_seconds, end
         self.interval = min(_LONGEST_BEAT, timeout_seconds / 5)
         self.host, self.pid = socket.gethostname(), os.getpid()
-        self._beat, self._failure, self._left = 0, None, False
+        self._beat, self._left = 0, False
+        self._failure: str | None = None
+        self.is_hosted_by_rank_0 = is_hosted_by_rank_0
+        self._host_sign: Sign | None = None
+        self._board_is_gone = False
+        self._silent: list[int] = []
         self._stopped = threading.Event()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="liveness", daemon=True)
@@ -163,8 +138,10 @@ class Liveness:
 
     def publish_failure(self, message: str) -> None:
         """Tells the others why this process is about to end."""
-        self._failure = message  # type: ignore[assignment]
+        self._failure = message
         self._publish()
+        self._on_board(lambda: self.store.set(_FAILED, str(self.rank)))
+        self._linger()
 
     def explain(self, error: BaseException) -> str:
         """Finds out why a collective broke, when a connection was closed by somebody.
@@ -175,15 +152,19 @@ class Liveness:
         Returns:
             One line that names the processes that failed or are gone, and the collective.
         """
+        if threading.current_thread() is threading.main_thread():
+            # a launcher that lost a process asks the others to end, which this one is about to do
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         broke_in = _present.broke_in or "a collective operation"
         found = self._find_missing()
-        text = (
-            f"{_present.place}: {self._who} lost its connection in {broke_in}; "
-            f"{found or f'no process is missing; the error was: {error}'}"
-        )
-        self._left = True
-        self._publish()
-        self._linger()
+        if not found:  # nobody else is the cause: memory, for instance
+            self.publish_failure(f"{_first_line(error)} (in {broke_in})")
+            return (
+                f"{_present.place}: {self._who} failed in {broke_in}, no process is missing; "
+                f"the error was: {error}"
+            )
+        text = f"{_present.place}: {self._who} lost its connection in {broke_in}; {found}"
+        self._leave()
         return text
 
     # -- the thread -------------------------------------------------------------------------------
@@ -193,7 +174,12 @@ class Liveness:
             self._publish()
             waits_for, since = _present.waits_for, _present.since
             waited = time.monotonic() - since
-            if waits_for is not None and waited > self.timeout_seconds:
+            if self._host_sign is None:
+                self._host_sign = self._on_board(lambda: self._read([0]).get(0))
+            if waits_for is None or waited < 2 * self.interval:
+                continue
+            somebody_failed = self._on_board(lambda: self.store.check([_FAILED]))
+            if somebody_failed or waited > self.timeout_seconds:
                 self._end_waiting(waits_for, since)
 
     def _end_waiting(self, waits_for: str, since: float) -> None:
@@ -201,24 +187,36 @@ class Liveness:
         if _present.waits_for is None or _present.since != since or self._stopped.is_set():
             return  # they came after all
         waited = time.monotonic() - since
+        limit = ""
+        if waited > self.timeout_seconds:
+            limit = f", longer than parallel.collective_timeout_seconds = {self.timeout_seconds:g}"
         text = (
-            f"{_present.place}: {self._who} waited {waited:.0f} s in {waits_for}, longer than "
-            f"parallel.collective_timeout_seconds = {self.timeout_seconds:g}; "
-            f"{found or 'every process is alive and waits for another collective'}"
+            f"{_present.place}: {self._who} waited {waited:.0f} s in {waits_for}{limit}; "
+            f"{found or 'every process is alive and waits in the same place'}"
         )
         logger.error("%s", text)
         print(f"error: {text}", file=sys.stderr, flush=True)
         for handler in [*logging.getLogger().handlers, *logger.parent.handlers]:  # type: ignore[union-attr]
             handler.flush()
+        self._leave()
+        self.end(EXIT_CODE)
+
+    def _leave(self) -> None:
         self._left = True
         self._publish()
         self._linger()
-        self.end(EXIT_CODE)
 
     def _linger(self) -> None:
-        """Keeps the board alive for the others, if it lives in this process."""
-        if self.rank == 0:
-            time.sleep((_BEATS_OF_SILENCE + 2) * self.interval)
+        """Keeps the board for the others until they are leaving too, if it is in this process."""
+        if self.rank != 0 or not self.is_hosted_by_rank_0:
+            return
+        waiting = set(range(1, self.world_size)) - set(self._silent)
+        for _ in range(_BEATS_OF_HOSTING):
+            signs = self._on_board(self._read) or {}
+            if all(rank in signs and signs[rank].is_ending for rank in waiting):
+                break
+            time.sleep(self.interval)
+        time.sleep(self.interval)  # the last of them may be reading
 
     # -- the board --------------------------------------------------------------------------------
 
@@ -239,14 +237,31 @@ class Liveness:
                 self._failure,
                 self._left,
             )
-            try:
-                self.store.set(f"liveness/{self.rank}", json.dumps(sign.__dict__))
-            except Exception:  # the board is gone: whoever waits will say so
-                logger.debug("no heartbeat could be written", exc_info=True)
+            self._on_board(lambda: self.store.set(sign.key, json.dumps(sign.__dict__)))
 
-    def _read(self) -> dict[int, Sign]:
+    def _on_board(self, ask: Callable[[], _Answer]) -> _Answer | None:
+        """Asks the store; None where it does not answer.
+
+        A store whose host is stopped never answers, whatever its timeout, and keeps the asking
+        thread for ever: so that is a thread of its own, and there is no second one after it.
+        """
+        if self._board_is_gone:
+            return None
+        answers: list[_Answer] = []
+
+        def run() -> None:
+            with contextlib.suppress(Exception):
+                answers.append(ask())
+
+        thread = threading.Thread(target=run, name="liveness board", daemon=True)
+        thread.start()
+        thread.join(timeout=_BEATS_OF_SILENCE * self.interval)
+        self._board_is_gone = thread.is_alive()
+        return answers[0] if answers else None
+
+    def _read(self, ranks: Iterable[int] | None = None) -> dict[int, Sign]:
         signs = {}
-        for rank in range(self.world_size):
+        for rank in range(self.world_size) if ranks is None else ranks:
             key = f"liveness/{rank}"
             if self.store.check([key]):
                 signs[rank] = Sign(**json.loads(self.store.get(key)))
@@ -254,12 +269,12 @@ class Liveness:
 
     def _find_missing(self) -> str:
         """Who failed, who is silent, who is somewhere else; watches a few heartbeats."""
-        try:
-            before = self._read()
+        before = self._on_board(self._read)
+        if before is not None and not any(sign.failure for sign in before.values()):
             time.sleep(_BEATS_OF_SILENCE * self.interval)
-            after = self._read()
-        except Exception:
-            return "rank 0 is gone (it holds the board on which processes show that they live)"
+        after = self._on_board(self._read)
+        if before is None or after is None:
+            return self._say_board_is_gone()
         others = [rank for rank in range(self.world_size) if rank != self.rank]
         failed = [after[rank] for rank in others if rank in after and after[rank].failure]
         if failed:
@@ -270,6 +285,7 @@ class Liveness:
             if rank not in after
             or (rank in before and after[rank].beat == before[rank].beat and not after[rank].left)
         ]
+        self._silent = silent
         if silent:
             return "; ".join(self._say_silent(after.get(rank), rank) for rank in silent)
         place, phase = _present.place, _present.waits_for
@@ -279,6 +295,13 @@ class Liveness:
             if not after[rank].left and (after[rank].place, after[rank].waits_for) != (place, phase)
         ]
         return "; ".join(f"{sign.who} is alive in {sign.doing}" for sign in elsewhere)
+
+    def _say_board_is_gone(self) -> str:
+        if not self.is_hosted_by_rank_0:
+            return "the launcher is gone (it holds the board on which processes show their life)"
+        host = self._host_sign.who if self._host_sign is not None else "rank 0"
+        state = "gives no sign of life (stopped)" if self._board_is_gone else "is gone"
+        return f"{host} {state}: it holds the board on which processes show that they live"
 
     def _say_silent(self, sign: Sign | None, rank: int) -> str:
         if sign is None:
@@ -293,7 +316,12 @@ _watch: Liveness | None = None
 
 
 def start_watch(
-    rank: int, world_size: int, address: str, port: int, timeout_seconds: float
+    rank: int,
+    world_size: int,
+    address: str,
+    port: int,
+    timeout_seconds: float,
+    is_hosted_by_rank_0: bool,
 ) -> None:
     """Starts heartbeat and watch of this process; nothing to do for a run of one.
 
@@ -303,14 +331,17 @@ def start_watch(
         address: host of the store of the run.
         port: its port.
         timeout_seconds: longest phase of waiting.
+        is_hosted_by_rank_0: whether the store lives and dies with rank 0, not with a launcher.
     """
     global _watch
     if world_size == 1 or _watch is not None:
         return
-    from torch.distributed import TCPStore
+    import torch.distributed as dist
 
-    store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout_seconds))
-    _watch = Liveness(store, rank, world_size, timeout_seconds)
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        address, port, is_master=False, timeout=timedelta(seconds=timeout_seconds)
+    )
+    _watch = Liveness(store, rank, world_size, timeout_seconds, is_hosted_by_rank_0)
     _watch.start()
 
 
@@ -335,5 +366,9 @@ def report_failure(error: BaseException) -> str | None:
         return None
     if _present.broke_in is not None and isinstance(error, RuntimeError):
         return _watch.explain(error)
-    _watch.publish_failure(str(error).strip().splitlines()[0] if str(error) else repr(error))
+    _watch.publish_failure(_first_line(error))
     return None
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "") or repr(error)

@@ -324,6 +324,8 @@ def join_process_group(parallel: ParallelConfig | None = None) -> ParallelMesh:
         # the watch ends a process that waits too long, and says for whom; the backend's own
         # timeout, which names nobody, is only the backstop
         timeout = timedelta(seconds=1.5 * parallel.collective_timeout_seconds + 60.0)
+        global _backstop  # groups do not inherit it
+        _backstop = timeout
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         _initialize(launch, backend, timeout)
         atexit.register(leave_process_group)
@@ -333,6 +335,8 @@ def join_process_group(parallel: ParallelConfig | None = None) -> ParallelMesh:
             launch.master_address,
             launch.master_port,
             parallel.collective_timeout_seconds,
+            # torchrun keeps the store of a run in its agent
+            is_hosted_by_rank_0=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
         )
     return make_mesh(launch, device, parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
 
@@ -387,6 +391,8 @@ def make_mesh(
     )
 
 
+_backstop: timedelta | None = None
+"""Timeout of the groups; None leaves the back-end's own."""
 _groups: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
 
 
@@ -395,7 +401,9 @@ def _group(ranks: list[int], use: str = "collectives") -> dist.ProcessGroup:
     key = (use, tuple(ranks))
     if key not in _groups:
         # torch names such a group after its ranks: a second one needs a description of its own
-        group = dist.new_group(ranks, use_local_synchronization=True, group_desc=use)
+        group = dist.new_group(
+            ranks, timeout=_backstop, use_local_synchronization=True, group_desc=use
+        )
         assert isinstance(group, dist.ProcessGroup)
         _groups[key] = group
     return _groups[key]
@@ -420,6 +428,7 @@ def _initialize(launch: LaunchEnvironment, backend: str, timeout: timedelta) -> 
 
 def abandon_process_group() -> None:
     """Lets a process that failed end at once: to leave in order would wait for the others."""
+    stop_watch()  # a thread inside of the store at the end of the interpreter aborts the process
     atexit.unregister(leave_process_group)
 
 

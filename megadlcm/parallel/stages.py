@@ -6,7 +6,9 @@ on concepts runs on 1/R of the rows, so neither parameters nor layers say how lo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -130,7 +132,7 @@ def cut_chunks(
     `linear` gives stage i chunk i. `folded` gives stage i < S - 1 the chunks i and 2 S - 2 - i and
     the last stage one: the model goes down the stages and comes back up, and the concept reader
     lies on the stage of the segmentation where that is possible, so that token states stay there.
-    Among cuts with the same heaviest stage the one with the smallest sum of squares is taken.
+    Among cuts with the same heaviest stage one with the smallest sum of squares is taken.
 
     Args:
         model: shape of the model.
@@ -166,8 +168,8 @@ def cut_chunks(
 
 
 class _Best(NamedTuple):
-    cost: tuple[float, float, float]
-    """Heaviest stage, separated skip connection, sum of squares."""
+    cost: float
+    """What is minimised, so far."""
     front: tuple[int, ...]
     """Cuts before the middle."""
     back: tuple[int, ...]
@@ -175,31 +177,65 @@ class _Best(NamedTuple):
 
 
 def _best_cuts(units: list[Unit], num_stages: int, folded: bool) -> list[int]:
-    """Cuts between the chunks, by dynamic programming from the outside (both ends) inwards."""
-    running = [0.0]
-    for unit in units:
-        running.append(running[-1] + unit.flops)
+    """Cuts between the chunks: first the heaviest stage is minimised, then the sum of squares."""
     names = [unit.name for unit in units]
-    skip = (names.index(SEGMENTATION), names.index(READER)) if SEGMENTATION in names else None
-    states: dict[tuple[int, int], _Best] = {(0, len(units)): _Best((0.0, 0.0, 0.0), (), ())}
+    skip = None
+    if folded and SEGMENTATION in names:
+        skip = names.index(SEGMENTATION), names.index(READER)
+        if _search(units, num_stages, folded, skip, math.inf, max) is None:
+            skip = None  # no cut keeps both on one stage
+    lightest = _search(units, num_stages, folded, skip, math.inf, max)
+    assert lightest is not None
+    limit = lightest.cost * (1 + 1e-12)
+    best = _search(units, num_stages, folded, skip, limit, lambda cost, flops: cost + flops**2)
+    assert best is not None
+    return [*best.front, *best.back]
+
+
+def _search(
+    units: list[Unit],
+    num_stages: int,
+    folded: bool,
+    skip: tuple[int, int] | None,
+    limit: float,
+    add: Callable[[float, float], float],
+) -> _Best | None:
+    """Dynamic programming over the stages, from the outside (both ends) inwards.
+
+    Args:
+        units: the units.
+        num_stages: stages.
+        folded: whether a stage has a chunk at both ends.
+        skip: two units that must be on the same stage.
+        limit: FLOPs that no stage may exceed.
+        add: adds a stage to the cost.
+
+    Returns:
+        The cheapest cut; None if no cut keeps the conditions.
+    """
+    running = [0.0, *itertools.accumulate(unit.flops for unit in units)]
+    states = {(0, len(units)): _Best(0.0, (), ())}
     for stage in range(num_stages - 1):
-        left = num_stages - 1 - stage
         reached: dict[tuple[int, int], _Best] = {}
         for (start, stop), best in states.items():
-            for i, j in _next_cuts(start, stop, left, folded):
+            for i, j in _next_cuts(start, stop, num_stages - 1 - stage, folded):
                 flops = running[i] - running[start] + running[stop] - running[j]
-                apart = folded and skip is not None and _apart(skip, start, stop, i, j)
-                cost = _worse(best.cost, flops, apart)
-                found = _Best(cost, (*best.front, i), (j, *best.back) if folded else ())
+                if flops > limit or (skip and _apart(skip, start, stop, i, j)):
+                    continue
+                found = _Best(
+                    add(best.cost, flops),
+                    (*best.front, i),
+                    (j, *best.back) if folded else (),
+                )
                 if (i, j) not in reached or found < reached[i, j]:
                     reached[i, j] = found
         states = reached
     finished = [
-        _Best(_worse(best.cost, running[stop] - running[start], False), best.front, best.back)
+        _Best(add(best.cost, running[stop] - running[start]), best.front, best.back)
         for (start, stop), best in states.items()
+        if running[stop] - running[start] <= limit
     ]
-    best = min(finished)
-    return [*best.front, *best.back]
+    return min(finished, default=None)
 
 
 def _next_cuts(start: int, stop: int, left: int, folded: bool) -> Iterator[tuple[int, int]]:
@@ -217,10 +253,3 @@ def _apart(skip: tuple[int, int], start: int, stop: int, i: int, j: int) -> bool
     """Whether a folded stage holds one end of the skip connection and not the other."""
     segmentation, reader = (start <= end < i or j <= end < stop for end in skip)
     return segmentation != reader
-
-
-def _worse(
-    cost: tuple[float, float, float], flops: float, apart: bool
-) -> tuple[float, float, float]:
-    heaviest, separated, squares = cost
-    return max(heaviest, flops), max(separated, float(apart)), squares + flops**2

@@ -49,7 +49,20 @@ DOORS: dict[str, tuple[str, ...]] = {
 }
 # runtime dependencies that no file imports: torch.utils.tensorboard does it, or a reader of shards
 NOT_IMPORTED = {"tensorboard", "webdataset"}
-NO_TORCH = ("data_pipeline", "megadlcm.config", "megadlcm.plan", "launchers")
+NO_TORCH = (
+    "data_pipeline",
+    "launchers",
+    "megadlcm.config",
+    "megadlcm.parallel.activations",
+    "megadlcm.parallel.memory",
+    "megadlcm.parallel.schedule",
+    "megadlcm.parallel.stages",
+    "megadlcm.plan",
+    "megadlcm.plan_cli",
+    "megadlcm.plan_layout",
+    "megadlcm.plan_search",
+    "megadlcm.plan_traffic",
+)
 NO_TORCH_DISTRIBUTED = ("megadlcm.ops", "megadlcm.model")
 
 
