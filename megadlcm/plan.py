@@ -126,7 +126,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "train_tokens": plan.train_tokens,
         "flops_ratio": plan.flops_ratio,
         "memory_total": plan.memory.total,
-        "memory_total_worst": plan.memory.total_worst,
+        "memory_total_worst": plan.layout.worst_bytes,
     }
     return dataclasses.asdict(plan) | derived | {"layout": _layout_to_dict(plan.layout)}
 
@@ -151,7 +151,7 @@ def _layout_to_dict(layout: LayoutPlan) -> dict[str, Any]:
         spelled["memory_total"] = stage.memory.total
         spelled["memory_total_worst"] = stage.memory.total_worst
     memory = layout.memory
-    totals = {"memory_total": memory.total, "memory_total_worst": memory.total_worst}
+    totals = {"memory_total": memory.total, "memory_total_worst": layout.worst_bytes}
     return values | {"step_seconds": layout.step_seconds} | totals
 
 
@@ -217,7 +217,7 @@ def _memory_lines(plan: Plan) -> list[str]:
         ("buffers", memory.buffers),
         ("activations", memory.activations),
         ("total", memory.total),
-        ("total, every token a concept", memory.total_worst),
+        ("total, every token a concept", plan.layout.worst_bytes),
     )
     head = "memory of the fullest process"
     return [f"{head:38}{'GiB':>14}", *(f"{name:38}{size / _GIB:>14.2f}" for name, size in rows)]

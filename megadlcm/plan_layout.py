@@ -112,6 +112,11 @@ class LayoutPlan:
         """Memory of the fullest process."""
         return max((stage.memory for stage in self.stages), key=lambda memory: memory.total)
 
+    @property
+    def worst_bytes(self) -> float:
+        """Bytes of the fullest process if every token were a concept; often another stage's."""
+        return max(stage.memory.total_worst for stage in self.stages)
+
 
 def plan_layout(config: RunConfig, hardware: Hardware) -> LayoutPlan:
     """Plans the layout that a config names.

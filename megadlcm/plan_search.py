@@ -88,7 +88,7 @@ def render_ranking(ranking: Ranking, count: int) -> str:
         plan = layout.plan
         lines.append(
             f"{layout.step_seconds:>8.3f}{layout.utilization:>7.1%}{plan.memory.total / _GIB:>8.1f}"
-            f"{plan.memory.total_worst / _GIB:>8.1f}{plan.bubble:>8.1%}{plan.imbalance:>9.3f}"
+            f"{plan.worst_bytes / _GIB:>8.1f}{plan.bubble:>8.1%}{plan.imbalance:>9.3f}"
             f"  {layout.description}"
         )
     lines.append("")

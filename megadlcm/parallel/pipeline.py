@@ -20,8 +20,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,65 +34,12 @@ from megadlcm.model.units import Flow, MicroBatch, run_units, segment, start_flo
 from megadlcm.parallel.collectives import rows_of_part
 from megadlcm.parallel.liveness import doing
 from megadlcm.parallel.mesh import ParallelMesh
+from megadlcm.parallel.messages import Message, Passage, Root, Traffic
 from megadlcm.parallel.partition import Partition
 from megadlcm.parallel.schedule import Operation, Schedule, pipeline_schedule
 from megadlcm.parallel.stages import Chunk
 
 SEGMENTATION, READER = "segmentation", "concept_reader"
-
-
-class Message(NamedTuple):
-    """One tensor that crosses from one chunk to another."""
-
-    name: str
-    """`decisions`, `scores`, `states`, `hidden`, `confidence`, or `gradient of ...` these."""
-    source: int
-    """Chunk that made it."""
-    target: int
-    """Chunk that needs it."""
-    micro_batch: int
-    """Index of the micro-batch."""
-
-
-@dataclass
-class Passage:
-    """One micro-batch in one chunk, between its forward and its backward pass."""
-
-    flow: Flow
-    """What the chunk made."""
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-    """Tensors of other chunks that need a gradient, by name."""
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-    """Tensors that other chunks will send a gradient for, by name."""
-    loss: Tensor | None = None
-    """What this chunk adds to the loss itself."""
-
-
-@dataclass
-class Traffic:
-    """Bytes that this stage has sent, by kind of edge."""
-
-    sent: dict[str, int] = field(default_factory=dict)
-    """Key `source->target name`, for chunks."""
-
-    def add(self, message: Message, tensor: Tensor) -> None:
-        """Counts one message."""
-        key = f"{message.source}->{message.target} {message.name}"
-        self.sent[key] = self.sent.get(key, 0) + tensor.numel() * tensor.element_size()
-
-
-class _Root(torch.autograd.Function):
-    """A zero whose backward pass starts at several tensors at once, with given gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, gradients: list[Tensor], *outputs: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return torch.zeros((), device=outputs[0].device)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None
-        return None, *gradients
 
 
 class Pipeline:
@@ -406,7 +352,7 @@ class Pipeline:
         del self._passages[chunk, micro_batch]
         loss = passage.loss
         if outputs:
-            root: Tensor = _Root.apply(gradients, *outputs)
+            root: Tensor = Root.apply(gradients, *outputs)
             loss = root if loss is None else loss + root
         assert loss is not None
         backward(loss, is_last)

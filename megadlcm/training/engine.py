@@ -36,7 +36,8 @@ from megadlcm.config.accounting import count_parameters
 from megadlcm.model import LanguageModel
 from megadlcm.model.scaling import GROUPS
 from megadlcm.parallel.liveness import doing
-from megadlcm.parallel.mesh import ModelParallelUnit, ParallelMesh
+from megadlcm.parallel.mesh import ParallelMesh
+from megadlcm.parallel.mpu import ModelParallelUnit
 from megadlcm.parallel.partition import Partition, make_partition
 from megadlcm.parallel.pipeline import Pipeline
 from megadlcm.training.objective import Objective, TrainingForward

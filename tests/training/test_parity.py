@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from megadlcm.config import RunConfig
 from megadlcm.parallel import collectives
-from megadlcm.parallel.pipeline import Message, Pipeline
+from megadlcm.parallel.messages import Message
+from megadlcm.parallel.pipeline import Pipeline
 from megadlcm.training.objective import Objective
 from tests.distributed import run_distributed
 from tests.parity import (
@@ -52,7 +53,7 @@ SPLITS = [
 MODELS: dict[str, dict[str, Any]] = {
     "R=2": {"target_tokens_per_concept": 2.0},
     "R=8": {"target_tokens_per_concept": 8.0},
-    "dense": {"architecture": "dense"},
+    "dense": {"architecture": "dense", "decoder_layers": 2},
     "ema_ste": {"boundary_mode": "ema_ste"},
     "learned_local": {"boundary_mode": "learned_local"},
     "rule": {"boundary_mode": "rule"},
