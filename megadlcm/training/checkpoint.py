@@ -74,9 +74,9 @@ def save_checkpoint(
             "data_identity": data_identity,
             "layout": {
                 "world_size": engine.mesh.world_size,
+                "zero_stage": engine.zero_stage,
                 "tensor_parallel_size": engine.mesh.tensor_parallel_size,
                 "pipeline_parallel_size": engine.mesh.pipeline_parallel_size,
-                "zero_stage": engine.zero_stage,
             },
             "versions": _versions(),
         }

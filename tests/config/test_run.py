@@ -20,8 +20,14 @@ from megadlcm.config import InputError, load_config
         (["training.max_grad_norm=-1"], "must be a number >= 0"),
         (["training.precision=bf16", "parallel.zero_stage=0"], r"set parallel\.zero_stage=1"),
         (["parallel.zero_stage=4"], "must be one of 0, 1, 2, 3"),
-        (["parallel.tensor_parallel_size=2"], "trains with data parallelism only"),
-        (["parallel.pipeline_parallel_size=2"], "trains with data parallelism only"),
+        (
+            ["parallel.tensor_parallel_size=3"],
+            "must be divisible by parallel.tensor_parallel_size = 3",
+        ),
+        (
+            ["parallel.pipeline_parallel_size=2", "parallel.zero_stage=2"],
+            "must be 0 or 1 with parallel.pipeline_parallel_size = 2",
+        ),
         (["parallel.tensor_parallel_size=0"], r"parallel\.tensor_parallel_size = 0"),
         (["parallel.sequence_parallel=true"], "leave it false"),
         (["optimizer.learning_rate=0"], r"optimizer\.learning_rate = 0\.0, must be > 0"),

@@ -32,7 +32,7 @@ UNDIVIDED = "training.global_batch_size = 4 is not a multiple"
 def no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails a test whose run comes as far as the process group."""
 
-    def join() -> ParallelMesh:
+    def join(_: object) -> ParallelMesh:
         raise AssertionError("joined a process group")
 
     monkeypatch.setattr(pretrain, "join_process_group", join)
@@ -84,7 +84,10 @@ def test_right_input_does_come_to_the_process_group(
         ("training.micro_batch_size=3", [UNDIVIDED, "training.micro_batch_size = 3"]),
         ("training.train_steps=0", ["training.train_steps = 0", ">= 1"]),
         ("training.precision=fp8", ['training.precision = "fp8"', "one of fp32, bf16"]),
-        ("parallel.tensor_parallel_size=2", ["tensor_parallel_size = 2", "must be 1"]),
+        (
+            "parallel.tensor_parallel_size=2",
+            ["model.token_kv_heads = 1", "tensor_parallel_size = 2", "must be divisible"],
+        ),
         ("data.tokenizer=absent.json", ["absent.json", "no such file", "data tokenizer"]),
     ],
 )

@@ -143,7 +143,12 @@ def test_a_checkpoint_holds_whole_fp32_tensors_under_the_models_names(
         f"{name}.{key}" for name in names for key in ("exp_avg", "exp_avg_sq", "step")
     }
     assert all(float(optimizer_tensors[f"{name}.step"]) == 1.0 for name in names)
-    assert description["layout"] == {"world_size": 1, "zero_stage": zero_stage}
+    assert description["layout"] == {
+        "world_size": 1,
+        "tensor_parallel_size": 1,
+        "pipeline_parallel_size": 1,
+        "zero_stage": zero_stage,
+    }
     assert {"torch", "deepspeed", "python"} <= description["versions"].keys()
 
 

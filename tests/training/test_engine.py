@@ -11,12 +11,14 @@ import torch
 from data_pipeline.errors import InputError
 from megadlcm.config import RunConfig
 from megadlcm.training.engine import (
+    TrainingEngine,
     check_deepspeed_version,
     deepspeed_dictionary,
     square_sum,
 )
 from megadlcm.training.state import TrainState
 from megadlcm.training.step import TrainStep
+from tests.parity import read_gradients
 from tests.tiny_runs import step_loader, tiny_engine
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "deepspeed_dictionary.json"
@@ -107,8 +109,11 @@ def test_the_norm_of_millions_of_elements_keeps_its_digits() -> None:
 @pytest.mark.parametrize(
     ("precision", "zero_stage"), [("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 2)]
 )
-def test_our_gradient_norm_is_deepspeeds_before_clipping(
-    make_run: Callable[..., RunConfig], precision: str, zero_stage: int
+def test_the_gradient_norm_is_that_of_all_gradients_and_clipping_reaches_it(
+    make_run: Callable[..., RunConfig],
+    precision: str,
+    zero_stage: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = make_run(
         training={"precision": precision, "max_grad_norm": 1e-3},
@@ -116,11 +121,21 @@ def test_our_gradient_norm_is_deepspeeds_before_clipping(
     )
     engine = tiny_engine(config)
     loader = step_loader(config)
+    whole: list[float] = []
+    clip = TrainingEngine.clip_gradients
+
+    def read(self: TrainingEngine, grad_norm: float, max_grad_norm: float) -> None:
+        for _ in range(2):  # before and after
+            values = torch.cat([g.flatten().double() for g in read_gradients(self).values()])
+            whole.append(float(values.norm()))
+            if len(whole) == 1:
+                clip(self, grad_norm, max_grad_norm)
+
+    monkeypatch.setattr(TrainingEngine, "clip_gradients", read)
     result = TrainStep(engine, config).run(next(loader), TrainState())
     loader.close()
-    assert result.grad_norm == pytest.approx(
-        float(engine.deepspeed.get_global_grad_norm()), rel=1e-5
-    )
+    assert result.grad_norm == pytest.approx(whole[0], rel=1e-5)
+    assert whole[1] == pytest.approx(config.training.max_grad_norm, rel=2e-2)
     assert result.grad_norm > 100 * config.training.max_grad_norm
     squares = sum(norm**2 for norm in result.group_grad_norms.values())
     assert squares == pytest.approx(result.grad_norm**2)

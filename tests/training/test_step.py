@@ -140,7 +140,9 @@ def test_bad_states_are_reported_as_such_in_every_mode(
     engine, step, batch = engine_after_one_step(make_run(model={"boundary_mode": mode}))
     before = everything(engine)
     assert isinstance(engine.model, DLCM)
-    hook = engine.model.encoder.register_forward_hook(lambda module, inputs, output: output * bad)
+    norm = engine.model.encoder.norm
+    assert norm is not None
+    hook = norm.register_forward_hook(lambda module, inputs, output: output * bad)
     with pytest.raises(NonFiniteError, match="loss nan"):
         step.run(batch, TrainState(step=1))
     hook.remove()
