@@ -20,7 +20,8 @@ from data_pipeline.samples import SourceSummary, check_sources
 from data_pipeline.tokenizer import load_tokenizer
 from megadlcm.config import RunConfig
 from megadlcm.model.language_model import attention_backend
-from megadlcm.parallel.liveness import report_failure
+from megadlcm.parallel.liveness import doing, report_failure
+from megadlcm.parallel.meeting import MissingRanksError
 from megadlcm.parallel.mesh import (
     ParallelMesh,
     abandon_process_group,
@@ -49,7 +50,7 @@ def run(config: RunConfig) -> int:
         config: the resolved run.
 
     Returns:
-        Exit code: 0 done, 1 the loss or a gradient was not finite.
+        Exit code: 0 done, 1 the loss or a gradient was not finite, or another process is missing.
 
     Raises:
         InputError: the config, the data or the launcher's environment is wrong.
@@ -58,7 +59,11 @@ def run(config: RunConfig) -> int:
     sources = check_training_sources(config)
     check_launch(config)
     make_output_folder(Path(config.output_dir), "output_dir =")
-    mesh = join_process_group(config.parallel)
+    try:
+        mesh = join_process_group(config.parallel)
+    except MissingRanksError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     handler = configure_logging(config, mesh)
     try:
         with open_trainer(config, mesh) as trainer:
@@ -113,7 +118,8 @@ def open_trainer(config: RunConfig, mesh: ParallelMesh) -> Iterator[Trainer]:
     torch.manual_seed(config.seed)
     partition = make_partition(config)
     model = build_stage_model(config, mesh, partition)
-    engine = build_engine(model, config, mesh, partition)
+    with doing("start of the engine", computes=True):  # broadcasts parameters
+        engine = build_engine(model, config, mesh, partition)
     identity = data_identity(config)
     resumed = resume(engine, config, identity)
     state = resumed or TrainState()

@@ -8,6 +8,12 @@ two attribute writes), and a thread of each process
 - ends the process when one phase lasted longer than `parallel.collective_timeout_seconds`, after
   reading from the board who gives no sign of life, who failed, and who is somewhere else.
 
+Computing may take as long as it likes: a process that does not wait, or that also computes in its
+phase (a backward pass), ends only if another one failed or gives no sign of life; so does any
+process until its first step is done. That is also what holds with NCCL, whose collectives return
+before they are done: the process then waits where it next needs a number from the device, and the
+line names its step and not the collective.
+
 The thread only reads its own process until then, and the main thread never talks to the store, so
 this costs nothing in a step. It also works where the main thread hangs inside of a library.
 """
@@ -15,7 +21,6 @@ this costs nothing in a step. It also works where the main thread hangs inside o
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -23,24 +28,22 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from datetime import timedelta
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
-from megadlcm.parallel.signs_of_life import Sign, Store
+from megadlcm.parallel.signs_of_life import Board, Sign, Store
 
 logger = logging.getLogger(__name__)
 
-_Answer = TypeVar("_Answer")
-
 _LONGEST_BEAT = 5.0
-_BEATS_OF_SILENCE = 3.0
+_BEATS_OF_SILENCE = 3
 """Heartbeats without a change after which a process counts as silent."""
 _BEATS_OF_HOSTING = 12
 """Heartbeats for which a process that holds the board waits for the others to read it."""
-_FAILED = "liveness/failed"
+_SLOW_PLACES = 2
+"""Start and first step take longer on one process than on another: libraries, caches, compilers."""
 EXIT_CODE = 1
 
 
@@ -49,8 +52,10 @@ class _Present:
     """What this process does now; written by the main thread, read by the watching one."""
 
     place: str = "start"
+    places: int = 1
     waits_for: str | None = None
-    since: float = 0.0
+    computes: bool = True
+    since: float = field(default_factory=time.monotonic)  # written first when the phase changes
     broke_in: str | None = None
 
 
@@ -62,18 +67,19 @@ class doing:  # noqa: N801
 
     Args:
         what: name of the collective, such as `data parallel sum`.
+        computes: whether this takes long without others too, such as a backward pass.
     """
 
-    __slots__ = ("outer", "what")
+    __slots__ = ("computes", "outer", "what")
 
-    def __init__(self, what: str) -> None:
-        self.what = what
-        self.outer: tuple[str | None, float] = (None, 0.0)
+    def __init__(self, what: str, computes: bool = False) -> None:
+        self.what, self.computes = what, computes
+        self.outer: tuple[str | None, bool] = (None, True)
 
     def __enter__(self) -> None:
-        self.outer = (_present.waits_for, _present.since)
+        self.outer = (_present.waits_for, _present.computes)
         _present.since = time.monotonic()
-        _present.waits_for = self.what
+        _present.waits_for, _present.computes = self.what, self.computes
 
     def __exit__(
         self,
@@ -83,12 +89,25 @@ class doing:  # noqa: N801
     ) -> None:
         if kind is not None and issubclass(kind, RuntimeError) and _present.broke_in is None:
             _present.broke_in = self.what
-        _present.waits_for, _present.since = self.outer
+        _present.since = time.monotonic()  # who left an inner phase has come further in the outer
+        _present.waits_for, _present.computes = self.outer
 
 
 def arrive(place: str) -> None:
     """Says where in the run this process is, such as `step 12`."""
+    _present.since = time.monotonic()
     _present.place = place
+    _present.places += 1
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the board says about the other processes."""
+
+    text: str
+    """One line; empty where all of them wait in the same place."""
+    is_certain: bool
+    """Whether one of them failed or gives no sign of life."""
 
 
 class Liveness:
@@ -119,9 +138,10 @@ class Liveness:
         self._beat, self._left = 0, False
         self._failure: str | None = None
         self.is_hosted_by_rank_0 = is_hosted_by_rank_0
+        self.board = Board(store, world_size, lambda: _BEATS_OF_SILENCE * self.interval)
         self._host_sign: Sign | None = None
-        self._board_is_gone = False
         self._silent: list[int] = []
+        self._looked = 0.0
         self._stopped = threading.Event()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="liveness", daemon=True)
@@ -132,15 +152,17 @@ class Liveness:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends them; the process goes on."""
+        """Ends them; the process goes on, and is not missed."""
         self._stopped.set()
         self._thread.join(timeout=2 * self.interval)
+        self._left = True
+        self._publish()
 
     def publish_failure(self, message: str) -> None:
         """Tells the others why this process is about to end."""
         self._failure = message
         self._publish()
-        self._on_board(lambda: self.store.set(_FAILED, str(self.rank)))
+        self.board.show_failure(self.rank)
         self._linger()
 
     def explain(self, error: BaseException) -> str:
@@ -157,14 +179,16 @@ class Liveness:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         broke_in = _present.broke_in or "a collective operation"
         found = self._find_missing()
-        if not found:  # nobody else is the cause: memory, for instance
+        if not found.is_certain:  # nobody else is the cause: memory, for instance
             self.publish_failure(f"{_first_line(error)} (in {broke_in})")
             return (
                 f"{_present.place}: {self._who} failed in {broke_in}, no process is missing; "
                 f"the error was: {error}"
             )
-        text = f"{_present.place}: {self._who} lost its connection in {broke_in}; {found}"
-        self._leave()
+        text = f"{_present.place}: {self._who} lost its connection in {broke_in}; {found.text}"
+        self._left = True
+        self._publish()
+        self._linger()
         return text
 
     # -- the thread -------------------------------------------------------------------------------
@@ -172,39 +196,54 @@ class Liveness:
     def _run(self) -> None:
         while not self._stopped.wait(self.interval):
             self._publish()
-            waits_for, since = _present.waits_for, _present.since
-            waited = time.monotonic() - since
+            waits_for, computes = _present.waits_for, _present.computes
+            since, now = _present.since, time.monotonic()
             if self._host_sign is None:
-                self._host_sign = self._on_board(lambda: self._read([0]).get(0))
-            if waits_for is None or waited < 2 * self.interval:
+                self._host_sign = (self.board.read([0]) or {}).get(0)
+            if now - since < 2 * self.interval:
                 continue
-            somebody_failed = self._on_board(lambda: self.store.check([_FAILED]))
-            if somebody_failed or waited > self.timeout_seconds:
-                self._end_waiting(waits_for, since)
+            is_over = now - max(since, self._looked) > self.timeout_seconds
+            if is_over or (not computes and self.board.has_failure()):
+                self._end_waiting(waits_for, since, computes)
 
-    def _end_waiting(self, waits_for: str, since: float) -> None:
+    def _end_waiting(self, waits_for: str | None, since: float, computes: bool = False) -> None:
         found = self._find_missing()
-        if _present.waits_for is None or _present.since != since or self._stopped.is_set():
-            return  # they came after all
         waited = time.monotonic() - since
+        if _present.since != since or self._stopped.is_set():
+            return  # they came after all
+        is_over = waited > self.timeout_seconds
+        is_patient = computes or _present.places <= _SLOW_PLACES
+        if not found.is_certain and (is_patient or not is_over):
+            self._looked = time.monotonic()
+            return
         limit = ""
-        if waited > self.timeout_seconds:
+        if is_over:
             limit = f", longer than parallel.collective_timeout_seconds = {self.timeout_seconds:g}"
-        text = (
-            f"{_present.place}: {self._who} waited {waited:.0f} s in {waits_for}{limit}; "
-            f"{found or 'every process is alive and waits in the same place'}"
+        verb = "has been" if computes else "waited"
+        self._left = True
+        self._publish()  # before anything that may take time
+        self._say(
+            f"{_present.place}: {self._who} {verb} {waited:.0f} s in {waits_for or 'computing'}"
+            f"{limit}; {found.text or 'every process is alive and waits in the same place'}"
         )
-        logger.error("%s", text)
-        print(f"error: {text}", file=sys.stderr, flush=True)
-        for handler in [*logging.getLogger().handlers, *logger.parent.handlers]:  # type: ignore[union-attr]
-            handler.flush()
-        self._leave()
+        self._linger()
         self.end(EXIT_CODE)
 
-    def _leave(self) -> None:
-        self._left = True
-        self._publish()
-        self._linger()
+    def _say(self, text: str) -> None:
+        """Says why the process ends; a full disk or a closed pipe does not keep it from that."""
+
+        def run() -> None:
+            with contextlib.suppress(Exception):
+                print(f"error: {text}", file=sys.stderr, flush=True)
+            with contextlib.suppress(Exception):
+                logger.error("%s", text)
+                above = logger.parent.handlers if logger.parent else []
+                for handler in [*logging.getLogger().handlers, *above]:
+                    handler.flush()
+
+        thread = threading.Thread(target=run, name="liveness last words", daemon=True)
+        thread.start()
+        thread.join(timeout=_BEATS_OF_SILENCE * self.interval)
 
     def _linger(self) -> None:
         """Keeps the board for the others until they are leaving too, if it is in this process."""
@@ -212,7 +251,7 @@ class Liveness:
             return
         waiting = set(range(1, self.world_size)) - set(self._silent)
         for _ in range(_BEATS_OF_HOSTING):
-            signs = self._on_board(self._read) or {}
+            signs = self.board.read() or {}
             if all(rank in signs and signs[rank].is_ending for rank in waiting):
                 break
             time.sleep(self.interval)
@@ -237,48 +276,23 @@ class Liveness:
                 self._failure,
                 self._left,
             )
-            self._on_board(lambda: self.store.set(sign.key, json.dumps(sign.__dict__)))
+            self.board.show(sign)
 
-    def _on_board(self, ask: Callable[[], _Answer]) -> _Answer | None:
-        """Asks the store; None where it does not answer.
-
-        A store whose host is stopped never answers, whatever its timeout, and keeps the asking
-        thread for ever: so that is a thread of its own, and there is no second one after it.
-        """
-        if self._board_is_gone:
-            return None
-        answers: list[_Answer] = []
-
-        def run() -> None:
-            with contextlib.suppress(Exception):
-                answers.append(ask())
-
-        thread = threading.Thread(target=run, name="liveness board", daemon=True)
-        thread.start()
-        thread.join(timeout=_BEATS_OF_SILENCE * self.interval)
-        self._board_is_gone = thread.is_alive()
-        return answers[0] if answers else None
-
-    def _read(self, ranks: Iterable[int] | None = None) -> dict[int, Sign]:
-        signs = {}
-        for rank in range(self.world_size) if ranks is None else ranks:
-            key = f"liveness/{rank}"
-            if self.store.check([key]):
-                signs[rank] = Sign(**json.loads(self.store.get(key)))
-        return signs
-
-    def _find_missing(self) -> str:
+    def _find_missing(self) -> Findings:
         """Who failed, who is silent, who is somewhere else; watches a few heartbeats."""
-        before = self._on_board(self._read)
+        before = self.board.read()
         if before is not None and not any(sign.failure for sign in before.values()):
-            time.sleep(_BEATS_OF_SILENCE * self.interval)
-        after = self._on_board(self._read)
+            for _ in range(_BEATS_OF_SILENCE):
+                time.sleep(self.interval)
+                self._publish()  # others may be looking for who is silent
+        after = self.board.read()
         if before is None or after is None:
-            return self._say_board_is_gone()
+            return Findings(self._say_board_is_gone(), True)
         others = [rank for rank in range(self.world_size) if rank != self.rank]
         failed = [after[rank] for rank in others if rank in after and after[rank].failure]
         if failed:
-            return "; ".join(f"{sign.who} failed: {sign.failure}" for sign in failed)
+            text = "; ".join(f"{sign.who} failed: {sign.failure}" for sign in failed)
+            return Findings(text, True)
         silent = [
             rank
             for rank in others
@@ -287,20 +301,22 @@ class Liveness:
         ]
         self._silent = silent
         if silent:
-            return "; ".join(self._say_silent(after.get(rank), rank) for rank in silent)
+            text = "; ".join(self._say_silent(after.get(rank), rank) for rank in silent)
+            return Findings(text, True)
         place, phase = _present.place, _present.waits_for
         elsewhere = [
             after[rank]
             for rank in others
             if not after[rank].left and (after[rank].place, after[rank].waits_for) != (place, phase)
         ]
-        return "; ".join(f"{sign.who} is alive in {sign.doing}" for sign in elsewhere)
+        text = "; ".join(f"{sign.who} is alive in {sign.doing}" for sign in elsewhere)
+        return Findings(text, False)
 
     def _say_board_is_gone(self) -> str:
         if not self.is_hosted_by_rank_0:
             return "the launcher is gone (it holds the board on which processes show their life)"
         host = self._host_sign.who if self._host_sign is not None else "rank 0"
-        state = "gives no sign of life (stopped)" if self._board_is_gone else "is gone"
+        state = "gives no sign of life (stopped)" if self.board.is_silent else "is gone"
         return f"{host} {state}: it holds the board on which processes show that they live"
 
     def _say_silent(self, sign: Sign | None, rank: int) -> str:
@@ -316,33 +332,21 @@ _watch: Liveness | None = None
 
 
 def start_watch(
-    rank: int,
-    world_size: int,
-    address: str,
-    port: int,
-    timeout_seconds: float,
-    is_hosted_by_rank_0: bool,
+    store: Store, rank: int, world_size: int, timeout_seconds: float, is_hosted_by_rank_0: bool
 ) -> None:
-    """Starts heartbeat and watch of this process; nothing to do for a run of one.
+    """Starts heartbeat and watch of this process.
 
     Args:
+        store: a connection of its own to the store of the run.
         rank: index of this process.
         world_size: processes of the run.
-        address: host of the store of the run.
-        port: its port.
         timeout_seconds: longest phase of waiting.
         is_hosted_by_rank_0: whether the store lives and dies with rank 0, not with a launcher.
     """
     global _watch
-    if world_size == 1 or _watch is not None:
-        return
-    import torch.distributed as dist
-
-    store = dist.TCPStore(  # type: ignore[attr-defined]
-        address, port, is_master=False, timeout=timedelta(seconds=timeout_seconds)
-    )
-    _watch = Liveness(store, rank, world_size, timeout_seconds, is_hosted_by_rank_0)
-    _watch.start()
+    if _watch is None:
+        _watch = Liveness(store, rank, world_size, timeout_seconds, is_hosted_by_rank_0)
+        _watch.start()
 
 
 def stop_watch() -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from data_pipeline.errors import InputError
 from megadlcm.config import ParallelConfig
 from megadlcm.parallel.liveness import doing, start_watch, stop_watch
+from megadlcm.parallel.meeting import open_store, wait_for_all
 
 DEFAULT_MASTER_PORT = 29400
 
@@ -278,17 +279,8 @@ def join_process_group(parallel: ParallelConfig | None = None) -> ParallelMesh:
         global _backstop  # groups do not inherit it
         _backstop = timeout
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        _initialize(launch, backend, timeout)
+        _initialize(launch, backend, timeout, parallel.collective_timeout_seconds)
         atexit.register(leave_process_group)
-        start_watch(
-            launch.rank,
-            launch.world_size,
-            launch.master_address,
-            launch.master_port,
-            parallel.collective_timeout_seconds,
-            # torchrun keeps the store of a run in its agent
-            is_hosted_by_rank_0=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-        )
     return make_mesh(launch, device, parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
 
 
@@ -352,18 +344,21 @@ def _group(ranks: list[int], use: str = "collectives") -> dist.ProcessGroup:
     key = (use, tuple(ranks))
     if key not in _groups:
         # torch names such a group after its ranks: a second one needs a description of its own
-        group = dist.new_group(
-            ranks, timeout=_backstop, use_local_synchronization=True, group_desc=use
-        )
+        with doing("making of a process group"):
+            group = dist.new_group(
+                ranks, timeout=_backstop, use_local_synchronization=True, group_desc=use
+            )
         assert isinstance(group, dist.ProcessGroup)
         _groups[key] = group
     return _groups[key]
 
 
-def _initialize(launch: LaunchEnvironment, backend: str, timeout: timedelta) -> None:
+def _initialize(
+    launch: LaunchEnvironment, backend: str, timeout: timedelta, collective_timeout: float
+) -> None:
     if launch.world_size == 1:
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        own = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=own, rank=0, world_size=1)
         return
     if not launch.master_address:
         raise InputError(
@@ -372,9 +367,17 @@ def _initialize(launch: LaunchEnvironment, backend: str, timeout: timedelta) -> 
         )
     os.environ["MASTER_ADDR"] = launch.master_address
     os.environ["MASTER_PORT"] = str(launch.master_port)
+    # torchrun keeps the store of a run in its agent, also when it starts the processes again
+    by_rank_0 = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    place = (launch.master_address, launch.master_port, attempt, by_rank_0, collective_timeout)
+    store = open_store(launch.rank, *place)
+    wait_for_all(store, launch.rank, launch.world_size, collective_timeout)
     dist.init_process_group(
-        backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout
+        backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout
     )
+    board = open_store(-1, *place)  # a connection of its own: one that waits would hold the other
+    start_watch(board, launch.rank, launch.world_size, collective_timeout, by_rank_0)
 
 
 def abandon_process_group() -> None:

@@ -1,9 +1,17 @@
-"""What a process shows of itself on the board of heartbeats."""
+"""What processes show of themselves, and the board in the store of the run on which they do."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
+
+_Answer = TypeVar("_Answer")
+
+_FAILED = "liveness/failed"
 
 
 class Store(Protocol):
@@ -34,7 +42,7 @@ class Sign:
     waits_for: str | None
     failure: str | None
     left: bool
-    """Whether it ended because of another process."""
+    """Whether it ended in order, or because of another process."""
 
     @property
     def key(self) -> str:
@@ -55,3 +63,67 @@ class Sign:
     def doing(self) -> str:
         """Its place and phase."""
         return f"{self.place}, {self.waits_for or 'computing'}"
+
+
+class Board:
+    """The signs of all processes; never raises, and never waits longer than `patience`.
+
+    Args:
+        store: a connection of its own to the store of the run.
+        world_size: processes of the run.
+        patience: function that gives the seconds after which the store counts as silent.
+    """
+
+    def __init__(self, store: Store, world_size: int, patience: Callable[[], float]) -> None:
+        self.store, self.world_size, self.patience = store, world_size, patience
+        self._unanswered: threading.Thread | None = None
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether the store has not answered the last question until now."""
+        return self._unanswered is not None and self._unanswered.is_alive()
+
+    def show(self, sign: Sign) -> None:
+        """Writes what a process shows of itself."""
+        self._ask(lambda: self.store.set(sign.key, json.dumps(sign.__dict__)))
+
+    def show_failure(self, rank: int) -> None:
+        """Writes that there is a failure, which others can see without reading every sign."""
+        self._ask(lambda: self.store.set(_FAILED, str(rank)))
+
+    def has_failure(self) -> bool:
+        """Whether some process showed one."""
+        return bool(self._ask(lambda: self.store.check([_FAILED])))
+
+    def read(self, ranks: Iterable[int] | None = None) -> dict[int, Sign] | None:
+        """The signs of these processes, or of all, that have shown one; None without an answer."""
+        wanted = list(range(self.world_size) if ranks is None else ranks)
+        return self._ask(lambda: self._read(wanted))
+
+    def _read(self, ranks: list[int]) -> dict[int, Sign]:
+        signs = {}
+        for rank in ranks:
+            key = f"liveness/{rank}"
+            if self.store.check([key]):
+                signs[rank] = Sign(**json.loads(self.store.get(key)))
+        return signs
+
+    def _ask(self, ask: Callable[[], _Answer]) -> _Answer | None:
+        """Asks the store; None where it does not answer.
+
+        A store whose host is stopped never answers, whatever its timeout, and keeps the asking
+        thread: so that is a thread of its own, and there is no second one until it is back.
+        """
+        if self.is_silent:
+            return None
+        answers: list[_Answer] = []
+
+        def run() -> None:
+            with contextlib.suppress(Exception):
+                answers.append(ask())
+
+        thread = threading.Thread(target=run, name="liveness board", daemon=True)
+        thread.start()
+        thread.join(timeout=self.patience())
+        self._unanswered = thread if thread.is_alive() else None
+        return answers[0] if answers else None

@@ -181,14 +181,15 @@ class TrainingEngine:
             is_last: whether the gradients are to be averaged over the replicas afterwards.
         """
         self.deepspeed.set_gradient_accumulation_boundary(is_last)
-        with doing("data parallel average of gradients" if is_last else "backward pass"):
+        what = "data parallel average of gradients" if is_last else "backward pass"
+        with doing(what, computes=True):
             # a tensor of its own: at stage 0 DeepSpeed divides the gradient of what the module
             # returned by the number of micro-batches unless the backward pass began above it
             self.deepspeed.backward(loss.clone(), scale_wrt_gas=False)
 
     def step(self) -> bool:
         """Updates the parameters; whether DeepSpeed did."""
-        with doing("optimizer step"):
+        with doing("optimizer step", computes=True):
             self.deepspeed.step()
         return bool(self.deepspeed.was_step_applied())
 

@@ -160,6 +160,18 @@ def test_a_data_error_of_one_rank_is_told_to_the_others(
     assert ranks[victim].wait(timeout=GRACE) == 2
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_data_error_before_the_processes_meet_is_told_too(
+    victim: int, tmp_path: Path, start: StartRanks
+) -> None:
+    """It does not come to the store of the run, which rank 0 would have opened."""
+    nowhere = tmp_path / "nowhere"
+    ranks, _ = start(2, {victim: [f"data.train=[{{path: {nowhere}, name: train}}]"]})
+    (line,) = errors_of(ranks, victim)
+    assert line.startswith(f"error: rank {victim} did not come"), line
+    assert ranks[victim].wait(timeout=GRACE) == 2
+
+
 def test_nothing_else_would_end_the_others(start: StartRanks) -> None:
     """Negative control: with a longer timeout they are still there when the others had ended."""
     ranks, folder = start(2, collective_timeout_seconds=600.0)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import pytest
 import torch.distributed as dist
 
 from megadlcm.parallel import liveness
 from megadlcm.parallel.liveness import EXIT_CODE, Liveness, arrive, doing
-from megadlcm.parallel.signs_of_life import Sign
+from megadlcm.parallel.signs_of_life import Sign, Store
 
 INTERVAL = 0.05
 TIMEOUT = 5 * INTERVAL
@@ -28,7 +33,7 @@ def make_watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeWatch]:
 
     Ranks of one process share what the process does now, which is enough for heartbeats.
     """
-    monkeypatch.setattr(liveness, "_present", liveness._Present(place="step 7"))
+    monkeypatch.setattr(liveness, "_present", liveness._Present("step 7", places=9))
     handler = signal.getsignal(signal.SIGTERM)
     board = dist.HashStore()  # type: ignore[attr-defined]
     made: list[Liveness] = []
@@ -71,10 +76,11 @@ def sign_of(watch: Liveness) -> Sign:
 def test_phases_nest_and_need_no_watch() -> None:
     with doing("outer"):
         outer = liveness._present.since
-        with doing("inner"):
-            assert liveness._present.waits_for == "inner"
-        assert (liveness._present.waits_for, liveness._present.since) == ("outer", outer)
-    assert liveness._present.waits_for is None
+        with doing("inner", computes=True):
+            assert (liveness._present.waits_for, liveness._present.computes) == ("inner", True)
+        assert (liveness._present.waits_for, liveness._present.computes) == ("outer", False)
+        assert liveness._present.since > outer  # what was inside is no part of the wait
+    assert liveness._present.waits_for is None and liveness._present.computes
 
 
 def test_only_the_silent_rank_is_named(
@@ -95,13 +101,14 @@ def test_only_the_silent_rank_is_named(
 def test_a_rank_that_never_came_is_named(make_watch: MakeWatch) -> None:
     mine, other = make_watch(1), make_watch(0)
     show_once(other)
-    assert "rank 2 never gave a sign of life" in mine._find_missing()
+    assert "rank 2 never gave a sign of life" in mine._find_missing().text
 
 
 def test_computing_and_short_waits_are_no_reason_to_end(make_watch: MakeWatch) -> None:
-    mine = make_watch(1)
-    mine.start()
-    time.sleep(4 * TIMEOUT)  # a long step, an evaluation, a checkpoint
+    mine, *others = make_watch(1), make_watch(0, PATIENCE), make_watch(2, PATIENCE)
+    for watch in [*others, mine]:
+        watch.start()
+    time.sleep(8 * TIMEOUT)  # a long step, an evaluation, a checkpoint
     for _ in range(20):
         with doing("sum"):
             time.sleep(TIMEOUT / 5)
@@ -154,7 +161,120 @@ def test_the_error_of_a_broken_connection_names_who_is_gone(make_watch: MakeWatc
     assert "lost its connection in data parallel sum; rank 2 (" in text
     assert sign_of(mine).failure is None and sign_of(mine).left
     # whoever left because of another is not accused by the next
-    assert "rank 1 (" not in living._find_missing()
+    assert "rank 1 (" not in living._find_missing().text
+
+
+def test_a_slow_backward_pass_is_no_reason_to_end_while_the_others_live(
+    make_watch: MakeWatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine, others = make_watch(1), [make_watch(0, PATIENCE), make_watch(2, PATIENCE)]
+    for other in others:
+        other.start()
+    mine.start()
+    with doing("backward pass", computes=True):
+        time.sleep(8 * TIMEOUT)
+        assert not ended[mine]
+        others[1]._stopped.set()  # and now one of them stops
+        wait_for_end(mine)
+    line = capsys.readouterr().err.splitlines()[0]
+    assert "in backward pass" in line and "; rank 2 (" in line and "no sign of life" in line
+
+
+def test_only_after_the_first_step_those_who_live_must_come_in_time(
+    make_watch: MakeWatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(liveness, "_present", liveness._Present())
+    mine, *others = make_watch(1), make_watch(0, PATIENCE), make_watch(2, PATIENCE)
+    for watch in [*others, mine]:
+        watch.start()
+    for place in ("step 1", "step 2"):
+        with doing("broadcast"):
+            time.sleep(8 * TIMEOUT)
+            assert not ended[mine]
+        arrive(place)
+    with doing("broadcast"):
+        wait_for_end(mine)
+
+
+def test_who_ended_in_order_is_not_missed(make_watch: MakeWatch) -> None:
+    """The last one may write for longer than the timeout after the others are done."""
+    mine, *others = make_watch(1), make_watch(0), make_watch(2)
+    for watch in [mine, *others]:
+        watch.start()
+    for other in others:
+        other.stop()
+    time.sleep(8 * TIMEOUT)
+    assert not ended[mine]
+
+
+def test_ones_own_error_is_not_hidden_by_others_that_are_elsewhere(make_watch: MakeWatch) -> None:
+    """They wait for this process in some collective: that is not why it failed."""
+    mine, *others = make_watch(1), make_watch(0), make_watch(2)
+    is_over = threading.Event()
+
+    def show_that_they_wait() -> None:
+        for beat in itertools.count():
+            for other in others:
+                place = ("step 7", "data parallel sum")
+                other.board.show(Sign(other.rank, "host", 1, beat, *place, None, False))
+            if is_over.wait(INTERVAL):
+                return
+
+    thread = threading.Thread(target=show_that_they_wait)
+    thread.start()
+    mine._publish()
+    text = fail_in("backward pass", mine)
+    is_over.set()
+    thread.join()
+    assert "out of memory" in text
+    failure = sign_of(mine).failure
+    assert failure is not None and "out of memory" in failure
+
+
+def test_a_board_that_answers_late_is_used_again(make_watch: MakeWatch) -> None:
+    """The host of the store was suspended for a while."""
+    watch = make_watch(1, PATIENCE)
+    answers = threading.Event()
+    board = watch.store
+
+    class Late:
+        def set(self, key: str, value: str) -> None:
+            answers.wait()
+            board.set(key, value)
+
+    watch.board.store = cast("Store", Late())
+    watch._publish()
+    assert watch.board.is_silent
+    assert not board.check(["liveness/1"])
+    answers.set()
+    deadline = time.monotonic() + PATIENCE
+    while watch.board.is_silent and time.monotonic() < deadline:
+        time.sleep(INTERVAL)
+    watch._publish()
+    assert sign_of(watch).beat == 2
+
+
+def test_who_looks_for_the_silent_is_not_silent_itself(make_watch: MakeWatch) -> None:
+    """All of them look at the same time, because they waited for the same one."""
+    mine = make_watch(1)
+    mine._publish()
+    before = sign_of(mine).beat
+    mine._find_missing()
+    assert sign_of(mine).beat >= before + 3
+
+
+def test_a_closed_stderr_does_not_keep_a_process(
+    make_watch: MakeWatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Closed(io.StringIO):
+        def write(self, _: str) -> int:
+            raise BrokenPipeError
+
+    mine = make_watch(1)
+    monkeypatch.setattr(sys, "stderr", Closed())
+    mine.start()
+    with doing("sum"):
+        wait_for_end(mine)
 
 
 def fail_in(phase: str, watch: Liveness) -> str:
