@@ -66,8 +66,9 @@ def run_distributed(
         return [pickle.loads(_path(folder, rank).read_bytes()) for rank in range(world_size)]
 
 
-def _start(folder: Path, rank: int, world_size: int, port: int) -> subprocess.Popen[bytes]:
-    environment = {
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What a launcher tells one process of a run on this machine."""
+    return {
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "LOCAL_RANK": str(rank),
@@ -76,6 +77,10 @@ def _start(folder: Path, rank: int, world_size: int, port: int) -> subprocess.Po
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
     }
+
+
+def _start(folder: Path, rank: int, world_size: int, port: int) -> subprocess.Popen[bytes]:
+    environment = rank_environment(rank, world_size, port)
     with _path(folder, rank, ".log").open("wb") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "tests.distributed", str(folder)],

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from data_pipeline.records import decode_table
-from tests.distributed import free_port
+from tests.distributed import free_port, rank_environment
 from tests.train_processes import last_step, write_run_file
 
 pytestmark = pytest.mark.slow
@@ -70,15 +70,7 @@ def start(corpus: Path, tmp_path: Path) -> Iterator[StartRanks]:
 
 def start_rank(rank: int, world_size: int, port: int, words: list[str]) -> subprocess.Popen[str]:
     """One process of a run, as a launcher starts it."""
-    environment = {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_RANK": str(rank),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-    }
+    environment = rank_environment(rank, world_size, port)
     return subprocess.Popen(
         [sys.executable, "-m", "megadlcm", *words],
         stdout=subprocess.DEVNULL,
