@@ -21,11 +21,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.loader import StepLoader
 from megadlcm.config import RunConfig, load_config
 from megadlcm.parallel.mesh import join_process_group
 from megadlcm.parallel.partition import build_stage_model
 from megadlcm.plan_layout import Hardware, plan_layout
+from megadlcm.pretrain import open_loader
 from megadlcm.training.engine import build_engine
 from megadlcm.training.state import TrainState
 from megadlcm.training.step import TrainStep
@@ -72,13 +72,7 @@ def measure(config: RunConfig) -> dict[str, Any]:
     mesh = join_process_group(config.parallel)
     engine = build_engine(build_stage_model(config, mesh), config, mesh)
     step, state = TrainStep(engine, config), TrainState()
-    loader = StepLoader(
-        config.data,
-        global_batch_size=config.training.global_batch_size,
-        micro_batch_size=config.training.micro_batch_size,
-        data_parallel_rank=mesh.data_parallel_rank,
-        data_parallel_size=mesh.data_parallel_size,
-    )
+    loader = open_loader(config, mesh)
     seconds = []
     for _ in range(1 + _STEPS):
         batch = next(loader)

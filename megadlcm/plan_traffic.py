@@ -13,15 +13,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megadlcm.config import RunConfig
-from megadlcm.parallel.activations import element_size, stack_widths
+from megadlcm.config.model import GLOBAL_RATIO_MODES
+from megadlcm.parallel.activations import STACKS, element_size, stack_widths
 from megadlcm.parallel.memory import whole_parameters
 from megadlcm.parallel.stages import READER, SEGMENTATION, Chunk, Unit
 
-GLOBAL_RATIO_MODES = ("learned_global", "ema_ste")
-"""Boundary modes whose ratio loss is driven by the boundaries of a whole step."""
 _FP32 = 4
 _DECISION_BYTES = 1
-_STACKS = ("encoder", "backbone", "decoder")
 # sums of its rows in which a block takes part, by recomputation. Both ways two; the second forward
 # pass ends before its last sum, which nothing needs
 _SUMS = {"none": 4.0, "selective": 5.0, "block": 5.0}
@@ -180,7 +178,7 @@ def tensor_bytes(config: RunConfig, unit: str, num_tokens: float, num_concepts: 
     token_rows, concept_rows = num_tokens * model.d_token * w, num_concepts * model.d_concept * w
     cut = parallel.sequence_parallel
     join = 0.5 if cut else 0.0  # where rows become whole, or their gradients
-    if kind in _STACKS:
+    if kind in STACKS:
         sums = (_SUMS_OF_CUT_ROWS if cut else _SUMS)[parallel.recompute]
         volume = sums * (concept_rows if kind == "backbone" else token_rows)
     elif kind == "token_embedding":
@@ -211,7 +209,7 @@ def counting_tensor_bytes(config: RunConfig, unit: str, num_tokens: float) -> fl
 def _summed_gains(config: RunConfig, kind: str) -> int:
     """Gains of which each process has a summand of the gradient: of own heads, or own rows."""
     model, cut = config.model, config.parallel.sequence_parallel
-    if kind in _STACKS:
+    if kind in STACKS:
         width, _, _, heads, _ = stack_widths(model, kind)
         of_heads = 2 * width // heads if model.self_attention_qk_norm else 0
         return of_heads + (2 * width if cut else 0)

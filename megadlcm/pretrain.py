@@ -100,6 +100,27 @@ def _leave_others(error: Exception) -> str | None:
     return explained
 
 
+def open_loader(config: RunConfig, mesh: ParallelMesh, start_sample: int = 0) -> StepLoader:
+    """Opens this replica's share of the data.
+
+    Args:
+        config: the run.
+        mesh: ranks of this process.
+        start_sample: first sample of the next step.
+
+    Returns:
+        The loader; to be closed.
+    """
+    return StepLoader(
+        config.data,
+        global_batch_size=config.training.global_batch_size,
+        micro_batch_size=config.training.micro_batch_size,
+        data_parallel_rank=mesh.data_parallel_rank,
+        data_parallel_size=mesh.data_parallel_size,
+        start_sample=start_sample,
+    )
+
+
 @contextlib.contextmanager
 def open_trainer(config: RunConfig, mesh: ParallelMesh) -> Iterator[Trainer]:
     """Builds everything that a run needs, resumed if its folder has a checkpoint.
@@ -126,14 +147,7 @@ def open_trainer(config: RunConfig, mesh: ParallelMesh) -> Iterator[Trainer]:
     if mesh.is_writer:
         prepare_run_folder(config, resumed is not None)
     with contextlib.ExitStack() as stack:
-        loader = StepLoader(
-            config.data,
-            global_batch_size=config.training.global_batch_size,
-            micro_batch_size=config.training.micro_batch_size,
-            data_parallel_rank=mesh.data_parallel_rank,
-            data_parallel_size=mesh.data_parallel_size,
-            start_sample=state.consumed_samples,
-        )
+        loader = open_loader(config, mesh, state.consumed_samples)
         stack.callback(loader.close)
         metrics = None
         if mesh.is_writer:

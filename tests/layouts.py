@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_pipeline.loader import StepLoader
 from data_pipeline.tokenizer import load_tokenizer
 from megadlcm import pretrain
 from megadlcm.config import RunConfig
@@ -59,24 +58,14 @@ class Start:
     next_step: LayoutStep
 
 
-def open_loader(config: RunConfig, engine: TrainingEngine, state: TrainState) -> StepLoader:
-    """The loader of this rank."""
-    return StepLoader(
-        config.data,
-        global_batch_size=config.training.global_batch_size,
-        micro_batch_size=config.training.micro_batch_size,
-        data_parallel_rank=engine.mesh.data_parallel_rank,
-        data_parallel_size=engine.mesh.data_parallel_size,
-        start_sample=state.consumed_samples,
-    )
-
-
 def run_steps(
     engine: TrainingEngine, config: RunConfig, state: TrainState, count: int
 ) -> list[LayoutStep]:
     """Runs steps as the trainer does, apart from schedule and calibration."""
     step, steps = TrainStep(engine, config), []
-    with contextlib.closing(open_loader(config, engine, state)) as loader:
+    with contextlib.closing(
+        pretrain.open_loader(config, engine.mesh, state.consumed_samples)
+    ) as loader:
         for _ in range(count):
             batch = next(loader)
             result = step.run(batch, state)

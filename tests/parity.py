@@ -21,11 +21,12 @@ from torch import Tensor
 
 from data_pipeline.write_shards import PrepareOptions, prepare
 from megadlcm.config import RunConfig
+from megadlcm.pretrain import open_loader
 from megadlcm.training import tensors
 from megadlcm.training.engine import TrainingEngine
 from megadlcm.training.state import TrainState
 from megadlcm.training.step import TrainStep, global_batch_digest
-from tests.layouts import no_parameter_is_too_small_to_be_partitioned, open_loader
+from tests.layouts import no_parameter_is_too_small_to_be_partitioned
 from tests.tiny_runs import random_text, tiny_engine, tiny_run
 
 SEQ_LEN = 64
@@ -143,7 +144,7 @@ def trace(config: RunConfig) -> Trace:
         engine = tiny_engine(config)
         result, step, state = Trace(), TrainStep(engine, config), TrainState()
         with (
-            contextlib.closing(open_loader(config, engine, state)) as loader,
+            contextlib.closing(open_loader(config, engine.mesh)) as loader,
             _spies(engine, result),
         ):
             for _ in range(NUM_STEPS):

@@ -18,6 +18,8 @@ Smoothing = Literal["ema", "none"]
 
 LEARNED_MODES = ("learned_global", "learned_local", "ema_ste")
 """Modes whose boundary detector has parameters."""
+GLOBAL_RATIO_MODES = ("learned_global", "ema_ste")
+"""Modes whose ratio loss is driven by the boundaries of a whole step."""
 _CHOICES = {
     "architecture": Architecture,
     "boundary_mode": BoundaryMode,

@@ -22,6 +22,7 @@ from megadlcm.model.dlcm import DLCM
 from megadlcm.model.language_model import LanguageModel
 from megadlcm.model.output import ModelOutput
 from megadlcm.ops.boundary import BoundarySampling
+from megadlcm.ops.cross_entropy import VocabularyPart
 from megadlcm.ops.packing import Packing, packing_from_offsets
 from megadlcm.ops.segments import ConceptLayout, concept_layout
 
@@ -60,19 +61,19 @@ class Flow:
     """The concepts, from the segmentation on."""
     logits_TV: Tensor | None = None
     """Logits, after the head."""
-    vocabulary_model: LanguageModel | None = None
-    """The model whose part of the vocabulary the logits have."""
+    vocabulary: VocabularyPart | None = None
+    """Puts parts of the vocabulary together; None if the logits have all of it."""
 
     @property
     def output(self) -> ModelOutput:
         """What `forward` would have returned; after the head."""
-        assert self.logits_TV is not None and self.vocabulary_model is not None
+        assert self.logits_TV is not None
         return ModelOutput(
             self.logits_TV,
             self.packing,
             self.boundary,
             self.layout,
-            self.vocabulary_model.vocabulary,
+            self.vocabulary,
         )
 
 
@@ -144,4 +145,4 @@ def _run_unit(model: LanguageModel, name: str, flow: Flow) -> None:
     else:
         assert name == "lm_head" and flow.states is not None
         states_TD = model.final_stack.finish(flow.states, flow.packing)
-        flow.logits_TV, flow.vocabulary_model = model.logits(states_TD), model
+        flow.logits_TV, flow.vocabulary = model.logits(states_TD), model.vocabulary

@@ -31,7 +31,8 @@ from megadlcm.parallel.stages import READER, SEGMENTATION
 
 _FP32, _FP64, _INT64 = 4, 8, 8
 _SMOOTHING_CHUNK = 64
-_STACKS = ("encoder", "backbone", "decoder")
+STACKS = ("encoder", "backbone", "decoder")
+"""Names of the stacks of blocks, which units of blocks begin with."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def rotation_bytes(config: RunConfig, stack: str, num_tokens: float, num_concept
     Returns:
         Bytes; 0 for a unit that is not of a stack.
     """
-    if stack not in _STACKS:
+    if stack not in STACKS:
         return 0.0
     on_concepts = stack == "backbone"
     rows = num_concepts if on_concepts else num_tokens

@@ -8,7 +8,6 @@ drawn as a whole tensor by (seed, name) and cut afterwards, so that it is the sa
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -249,8 +248,3 @@ def is_summand(name: str, sequence_parallel: bool) -> bool:
     """Whether each process of a tensor parallel group has only a summand of the gradient."""
     patterns = [_GAINS_OF_HEADS, _GAINS_OF_ROWS] if sequence_parallel else [_GAINS_OF_HEADS]
     return any(re.fullmatch(pattern, name) for pattern in patterns)
-
-
-def cut_names(names: Iterable[str], partition: Partition) -> set[str]:
-    """Names of the parameters that are cut."""
-    return {name for name in names if partition.parts[name].dimension is not None}

@@ -19,7 +19,7 @@ can never wait for each other.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,9 +37,10 @@ from megadlcm.parallel.mesh import ParallelMesh
 from megadlcm.parallel.messages import Message, Passage, Root, Traffic
 from megadlcm.parallel.partition import Partition
 from megadlcm.parallel.schedule import Operation, Schedule, pipeline_schedule
-from megadlcm.parallel.stages import Chunk
+from megadlcm.parallel.stages import READER, SEGMENTATION, Chunk
 
-SEGMENTATION, READER = "segmentation", "concept_reader"
+_FORWARD_GROUP = 8
+"""Micro-batches for each chunk that are run forward before all stages wait for each other."""
 
 
 class Pipeline:
@@ -69,11 +70,7 @@ class Pipeline:
         self._sending: list[tuple[Any, Tensor]] = []
         self._flows: list[MicroBatch] = []
         self._passages: dict[tuple[int, int], Passage] = {}
-
-    @property
-    def owns_head(self) -> bool:
-        """Whether this stage holds the last chunk, and with it logits and loss."""
-        return self.chunks[-1].stage == self.stage
+        self._schedules: dict[tuple[int, int | None], Schedule] = {}
 
     @property
     def owns_segmentation(self) -> bool:
@@ -81,19 +78,22 @@ class Pipeline:
         return self.segmentation is not None and self.chunks[self.segmentation].stage == self.stage
 
     def schedule(self, num_micro_batches: int, until: int | None = None) -> Schedule:
-        """The order of operations of every stage.
+        """The order of operations of every stage; simulated once for each number of micro-batches.
 
         Args:
             num_micro_batches: micro-batches of the step.
             until: for forward passes only: the last chunk that runs; None for training.
         """
-        chunks = self.chunks if until is None else self.chunks[: until + 1]
-        return pipeline_schedule(
-            [chunk.stage for chunk in chunks],
-            [chunk.flops for chunk in chunks],
-            num_micro_batches,
-            forward_only=until is not None,
-        )
+        key = (num_micro_batches, until)
+        if key not in self._schedules:
+            chunks = self.chunks if until is None else self.chunks[: until + 1]
+            self._schedules[key] = pipeline_schedule(
+                [chunk.stage for chunk in chunks],
+                [chunk.flops for chunk in chunks],
+                num_micro_batches,
+                forward_only=until is not None,
+            )
+        return self._schedules[key]
 
     def train(
         self,
@@ -137,6 +137,17 @@ class Pipeline:
             until: the unit after which they end; None for the whole model.
         """
         last = len(self.chunks) - 1 if until is None else self.partition.chunk_of(until)
+        size = _FORWARD_GROUP * len(self.chunks)
+        for start in range(0, len(batches), size):
+            # no backward pass holds the first stage back, and what it sends must lie somewhere
+            group = batches[start : start + size]
+            for index, flow in self._forward(group, last, until):
+                consume(start + index, flow)
+
+    def _forward(
+        self, batches: Sequence[MicroBatch], last: int, until: str | None
+    ) -> Iterator[tuple[int, Flow]]:
+        """Runs a group of micro-batches; waits in the end until all that was sent has arrived."""
         schedule = self.schedule(len(batches), last)
         self._begin(batches, schedule)
         # stages after the last chunk have nothing to do
@@ -144,12 +155,12 @@ class Pipeline:
         for operation in operations:
             chunk = self.chunks[operation.chunk]
             passage = self._receive_inputs(chunk, operation.micro_batch)
-            names = [unit.name for unit in chunk.units]
-            if until is not None and until in names:
+            names = list(chunk.names)
+            if until in names:
                 names = names[: names.index(until) + 1]
             run_units(self.model, names, passage.flow)
             if operation.chunk == last:
-                consume(operation.micro_batch, passage.flow)
+                yield operation.micro_batch, passage.flow
             else:
                 self._send_outputs(chunk, operation.micro_batch, passage, last)
         self._finish()

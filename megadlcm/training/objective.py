@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from megadlcm.config import RunConfig
+from megadlcm.config.model import GLOBAL_RATIO_MODES
 from megadlcm.model import LanguageModel
 from megadlcm.model.chunking import BoundaryOutput
 from megadlcm.model.output import ModelOutput
@@ -37,7 +38,6 @@ NUM_LENGTH_BINS = 65
 NEAR_HALF = 0.05
 """Probabilities this close to 0.5 are the ones whose decision flips easily."""
 
-GLOBAL_RATIO_MODES = ("learned_global", "ema_ste")
 STEERED_MODES = ("learned_global", "learned_local")
 """Modes in which the ratio loss alone trains the detector; see ratio_control."""
 _SUMS = (
@@ -273,7 +273,7 @@ class TrainingForward(nn.Module):
         self, chunk: Chunk, flow: Flow, batch: DeviceBatch, totals: StepTotals
     ) -> ChunkResult:
         """Runs a chunk on one micro-batch and computes its share of the step's loss."""
-        names = [unit.name for unit in chunk.units]
+        names = chunk.names
         run_units(self.model, names, flow)
         losses: list[Tensor] = []
         stats = None

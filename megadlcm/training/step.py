@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data_pipeline.batch import PackedBatch, StepBatch, batch_digest
 from megadlcm.config import RunConfig
-from megadlcm.model import DLCM, build_model
+from megadlcm.model import DLCM
 from megadlcm.model.scaling import GROUPS, group_of
 from megadlcm.model.units import Flow
 from megadlcm.ops.boundary import BoundarySampling
@@ -120,8 +120,8 @@ class TrainStep:
         self.config = config
         self.objective: Objective = engine.deepspeed.module.objective
         self.controller = RatioController(config)
-        whole = build_model(config.model, config.mup, device="meta")
-        used = {group_of(name) for name, _ in whole.named_parameters()}
+        parts = engine.partition.parts.values()
+        used = {group_of(part.name) for part in parts if part.is_parameter}
         self.groups = [group for group in GROUPS if group in used]
 
     def run(self, batch: StepBatch, state: TrainState) -> StepResult:

@@ -100,7 +100,10 @@ def test_a_wrong_value_is_one_line_with_key_value_rule_and_way_out(
 
 
 @pytest.mark.usefixtures("no_group")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+@pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="a CUDA device is here; hide it with CUDA_VISIBLE_DEVICES=",
+)
 @pytest.mark.parametrize("backend", ["flash_attn", "varlen"])
 def test_an_attention_back_end_that_cannot_run_here_is_refused(
     run_file: Path, refused: Refused, backend: str

@@ -128,7 +128,10 @@ def test_no_document_is_lost_or_changed(corpus: dict[str, Path]) -> None:
 
 
 def test_help_topics_are_all_there(corpus: dict[str, Path]) -> None:
-    topics = pytest.importorskip("pydoc_data.topics", reason="this Python has no help texts").topics
+    topics = pytest.importorskip(
+        "pydoc_data.topics",
+        reason="no pydoc_data; install the whole library",
+    ).topics
     found = {split: names(corpus, split, "topic/") for split in SPLITS}
     long_enough = {name for name, text in topics.items() if len(text) >= 200}
     assert found["train"] | found["valid"] == long_enough

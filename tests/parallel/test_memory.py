@@ -18,10 +18,10 @@ from megadlcm.parallel.memory import (
 )
 from megadlcm.parallel.partition import cut_dimension, make_partition
 from megadlcm.parallel.stages import cut_chunks, model_units
+from megadlcm.pretrain import open_loader
 from megadlcm.training.state import TrainState
 from megadlcm.training.step import TrainStep
 from tests.distributed import run_distributed
-from tests.layouts import open_loader
 from tests.tiny_runs import tiny_engine, tiny_run, write_corpus
 
 PROCESS_TOLERANCE = 0.1
@@ -113,12 +113,12 @@ def resident_bytes(field: str) -> int:
 def peak_of_second_step(warm_up: RunConfig, config: RunConfig) -> tuple[int, int]:
     """Most memory of a step beyond what the process had before the engine; and the concepts."""
     engine = tiny_engine(warm_up)
-    TrainStep(engine, warm_up).run(next(open_loader(warm_up, engine, TrainState())), TrainState())
+    TrainStep(engine, warm_up).run(next(open_loader(warm_up, engine.mesh)), TrainState())
     del engine
     gc.collect()
     before = resident_bytes("VmRSS")
     engine, state = tiny_engine(config), TrainState()
-    loader, step = open_loader(config, engine, state), TrainStep(engine, config)
+    loader, step = open_loader(config, engine.mesh), TrainStep(engine, config)
     concepts: list[int] = []
     engine.model.boundary_detector.register_forward_hook(
         lambda _module, _inputs, output: concepts.append(int(output.mask_T.sum()))
@@ -131,7 +131,9 @@ def peak_of_second_step(warm_up: RunConfig, config: RunConfig) -> tuple[int, int
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="no /proc/self/clear_refs; run on Linux"
+)
 @pytest.mark.parametrize("recompute", ["none", "block"])
 def test_a_real_step_takes_as_much_as_the_formula_says(
     tmp_path: Path, recompute: str, monkeypatch: pytest.MonkeyPatch

@@ -18,14 +18,12 @@ from megadlcm.parallel.mesh import join_process_group
 from megadlcm.parallel.partition import build_stage_model, make_partition
 from megadlcm.parallel.stages import model_units
 from megadlcm.plan_traffic import (
-    GLOBAL_RATIO_MODES,
     counts_first,
     data_bytes,
     pipeline_edges,
     sent_by_stage,
     tensor_bytes,
 )
-from megadlcm.training import objective
 from tests.distributed import run_distributed
 from tests.memory_probe import probe_batch, probe_model
 from tests.parity import NUM_STEPS, Layout, Trace, parity_run, trace, write_uneven
@@ -159,10 +157,6 @@ def test_stages_send_what_the_formula_says(tmp_path: Path) -> None:
             sent[edge.source] += edge.forward
         for stage, found in enumerate(ranks):
             assert sent[stage] == sum(found.sent.values()) > 0
-
-
-def test_the_modes_are_those_of_the_objective() -> None:
-    assert GLOBAL_RATIO_MODES == objective.GLOBAL_RATIO_MODES
 
 
 def test_zero_sends_more_the_more_it_shares(run_file: Path) -> None:

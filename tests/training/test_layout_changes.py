@@ -12,6 +12,7 @@ import torch
 
 from megadlcm import pretrain
 from megadlcm.config import RunConfig
+from megadlcm.parallel import pipeline
 from megadlcm.training.checkpoint import load_model
 from tests.distributed import run_distributed
 from tests.layouts import LayoutStep, Start, evaluation_row, save_and_go_on, start_again
@@ -71,11 +72,16 @@ def run_all(
     evaluating: list[RunConfig],
     running: list[RunConfig],
 ) -> Results:
-    """Everything in one launch."""
+    """Everything in one launch; evaluations in several groups of micro-batches."""
+    saved = [save_and_go_on(config) for config in saving]
+    started = [start_again(config) for config in starting]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "_FORWARD_GROUP", 1)
+        evaluated = [evaluation_row(config) for config in evaluating]
     return Results(
-        [save_and_go_on(config) for config in saving],
-        [start_again(config) for config in starting],
-        [evaluation_row(config) for config in evaluating],
+        saved,
+        started,
+        evaluated,
         [pretrain.run(config) for config in running],
     )
 
