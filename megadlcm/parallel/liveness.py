@@ -89,6 +89,7 @@ class doing:  # noqa: N801
     ) -> None:
         if kind is not None and issubclass(kind, RuntimeError) and _present.broke_in is None:
             _present.broke_in = self.what
+            _outlive_launcher()
         _present.since = time.monotonic()  # who left an inner phase has come further in the outer
         _present.waits_for, _present.computes = self.outer
 
@@ -174,9 +175,6 @@ class Liveness:
         Returns:
             One line that names the processes that failed or are gone, and the collective.
         """
-        if threading.current_thread() is threading.main_thread():
-            # a launcher that lost a process asks the others to end, which this one is about to do
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         broke_in = _present.broke_in or "a collective operation"
         found = self._find_missing()
         if not found.is_certain:  # nobody else is the cause: memory, for instance
@@ -329,6 +327,16 @@ class Liveness:
 
 
 _watch: Liveness | None = None
+
+
+def _outlive_launcher() -> None:
+    """Lets a process whose collective broke say why before it ends.
+
+    A launcher that lost a process asks the others to end within a tenth of a second, while this one
+    still closes its files; it is about to end by itself.
+    """
+    if _watch is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def start_watch(

@@ -198,8 +198,11 @@ def test_torchrun_leaves_no_process_behind(corpus: Path, tmp_path: Path) -> None
     os.kill(children[1], signal.SIGKILL)
     _, complaints = launcher.communicate(timeout=TIMEOUT + 2 * GRACE)
     assert launcher.returncode == 1
-    # the launcher may end the other process before it has found out who is missing
     assert f"(SIGKILL) received by PID {children[1]}" in complaints
+    # the launcher asks the other process to end at once, but not before it could say why
+    (line,) = [line for line in complaints.splitlines() if line.startswith("error: ")]
+    assert f"pid {children[0]}) lost its connection in " in line
+    assert f"pid {children[1]}) gives no sign of life" in line
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
 
 

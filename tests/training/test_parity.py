@@ -160,23 +160,23 @@ def test_every_kind_of_model_computes_the_same(make: Make) -> None:
 
 
 def test_half_precision_stays_within_its_rounding(make: Make) -> None:
-    """bf16 rounds partial sums, so layouts differ: losses by 0.2 %, gradients by 10 % in norm.
+    """bf16 rounds partial sums, so cut layers differ: losses by 2e-5, the gradient by 2e-3.
 
-    Boundaries are drawn from probabilities of rounded states, so a few of them differ too.
+    Only the sums of cut layers are rounded otherwise: replicas and stages add in fp32.
     """
     (reference,) = run_distributed(trace, 1, make(Layout(zero_stage=1, precision="bf16")))
     ranks = run_distributed(traces, 4, [make(layout) for layout in HALF])
     for index in range(len(HALF)):
         found = ranks[0][index]
         difference = compare(found, reference)
-        assert difference.loss < 2e-3, (HALF[index], difference)
-        assert difference.norm < 5e-2, (HALF[index], difference)
-        assert difference.parameter < 5e-3, (HALF[index], difference)
+        assert difference.loss < 2e-5, (HALF[index], difference)
+        assert difference.norm < 5e-4, (HALF[index], difference)
+        assert difference.parameter < 1e-3, (HALF[index], difference)
         whole = relative(
             torch.cat([g.flatten() for g in found.gradients[0].values()]),
             torch.cat([g.flatten() for g in reference.gradients[0].values()]),
         )
-        assert whole < 0.1, (HALF[index], whole)
+        assert whole < 2e-3, (HALF[index], whole)
 
 
 def wrong_scale(config: RunConfig) -> Trace:
