@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,14 +27,23 @@ from data_pipeline.documents import (
 )
 from data_pipeline.encode import encode_documents, token_dtype
 from data_pipeline.errors import InputError
-from data_pipeline.index import INDEX_FILE, DomainCounts, Shard, ShardIndex, write_index
+from data_pipeline.index import (
+    INDEX_FILE,
+    SHARD_DTYPE,
+    DomainCounts,
+    ShardIndex,
+    ShardList,
+    encode_index,
+)
 from data_pipeline.output_folder import make_output_folder, sync_folder, write_durably
 from data_pipeline.progress import Progress
 from data_pipeline.records import DOCUMENT_DTYPE, archive_end, encode_record, encode_table
 from data_pipeline.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 UNFINISHED_FOLDER = ".unfinished"
-OUR_FILES = re.compile(r"shard-\d{6,}\.(tar|documents\.npy)|tokenizer\.json|index\.json.*")
+OUR_FILES = re.compile(
+    r"shard-\d{6,}\.(tar|documents\.npy)|tokenizer\.json|index\.json.*|shards\.npy"
+)
 
 
 @dataclass(frozen=True)
@@ -123,6 +132,7 @@ class _OpenShard:
     num_tokens: int = 0
     rows: list[tuple[int, ...]] = field(default_factory=list)
     checksums: list[np.ndarray] = field(default_factory=list)
+    domains: dict[str, int] = field(default_factory=dict)
     digest: hashlib._Hash = field(default_factory=hashlib.sha256)
 
     def write(self, contents: bytes) -> None:
@@ -146,7 +156,7 @@ class ShardFolderWriter:
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._max_token_id = tokenizer.eos_id
         self._domains: dict[str, DomainCounts] = {}
-        self._shards: list[Shard] = []
+        self._shards: list[tuple[int | bytes, ...]] = []
         self._open: _OpenShard | None = None
         if self._unfinished.exists():
             shutil.rmtree(self._unfinished)
@@ -176,7 +186,7 @@ class ShardFolderWriter:
         }
         record = encode_record(f"{self.num_documents:012d}", metadata, tokens)
         earlier = self._domains.setdefault(document.domain, DomainCounts(0, 0, 0))
-        domain = list(self._domains).index(document.domain)
+        domain = shard.domains.setdefault(document.domain, len(shard.domains))
         shard.rows.append(
             (
                 shard.size,
@@ -193,7 +203,9 @@ class ShardFolderWriter:
         self.num_documents += 1
         self.num_tokens += len(tokens)
         self._max_token_id = max(self._max_token_id, int(tokens.max()))
-        self._domains[document.domain] = earlier.with_document(len(tokens), document.num_bytes)
+        self._domains[document.domain] = earlier.plus(
+            DomainCounts(1, len(tokens), document.num_bytes)
+        )
 
     def finish(self) -> ShardIndex:
         """Adds tokenizer and index to the shards and puts all in the place of what was there."""
@@ -201,8 +213,8 @@ class ShardFolderWriter:
             self._close_shard()
         write_durably(self._unfinished / TOKENIZER_FILE, self._tokenizer.contents)
         index = ShardIndex(
-            folder=self._unfinished,
-            shards=tuple(self._shards),
+            location=str(self._folder),
+            shards=ShardList(np.array(self._shards, dtype=SHARD_DTYPE)),
             domains=self._domains,
             tokenizer_sha256=self._tokenizer.sha256,
             vocab_size=self._tokenizer.vocab_size,
@@ -210,9 +222,10 @@ class ShardFolderWriter:
             max_token_id=self._max_token_id,
             token_dtype=self._dtype.name,
         )
-        write_index(index)
+        for name, contents in encode_index(index).items():
+            write_durably(self._unfinished / name, contents)
         self._publish()
-        return replace(index, folder=self._folder)
+        return index
 
     def close(self) -> None:
         """Removes what is unfinished; after finish() that is nothing."""
@@ -251,18 +264,17 @@ class ShardFolderWriter:
         os.fsync(shard.file.fileno())
         shard.file.close()
         rows = np.array(shard.rows, dtype=DOCUMENT_DTYPE)
-        table = encode_table(rows, np.concatenate(shard.checksums))
+        table = encode_table(rows, np.concatenate(shard.checksums), list(shard.domains))
         write_durably(self._unfinished / f"{shard.name}.documents.npy", table)
         self._shards.append(
-            Shard(
-                name=shard.name,
-                num_documents=len(rows),
-                num_tokens=shard.num_tokens,
-                num_bytes=int(rows["num_bytes"].sum()),
-                tar_bytes=shard.size,
-                last_record=int(rows["record_offset"][-1]),
-                tar_sha256=shard.digest.hexdigest(),
-                table_sha256=hashlib.sha256(table).hexdigest(),
+            (
+                len(rows),
+                shard.num_tokens,
+                int(rows["num_bytes"].sum()),
+                shard.size,
+                int(rows["record_offset"][-1]),
+                shard.digest.digest(),
+                hashlib.sha256(table).digest(),
             )
         )
         self._open = None
