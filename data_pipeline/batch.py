@@ -5,8 +5,27 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Places of a sample that were left out because their bytes are damaged."""
+
+    sample: int
+    """Sample number of the run."""
+    source: str
+    """Name of the source."""
+    shard: str
+    """Name of the shard."""
+    document: int | None
+    """Row of the shard's document table; None: the whole stretch of the shard."""
+    num_tokens: int
+    """Places left out."""
+    reason: str
+    """What is wrong with the bytes."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +46,8 @@ class Sample:
     """int32 (S + 1,): where the pieces begin, and T."""
     document_ids: tuple[str, ...]
     """One per piece."""
+    skipped: tuple[Skipped, ...] = ()
+    """What is left out of it."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +64,22 @@ class PackedBatch:
     """int64 (T,): slot * seq_len + position, the same whatever the split of the global batch."""
     sample_ids: tuple[int, ...]
     """Sample numbers of the run."""
-    sample_digests: tuple[bytes, ...]
-    """One per sample, see sample_digest."""
+    sample_ends: tuple[int, ...]
+    """Where each sample ends; the last is T."""
 
     @property
     def num_tokens(self) -> int:
         """Positions of the micro-batch; each has a label."""
-        return len(self.tokens_T)
+        return len(self.token_index_T)
+
+    @cached_property
+    def sample_digests(self) -> tuple[bytes, ...]:
+        """One per sample, see sample_digest; computed when a step is logged."""
+        starts = (0, *self.sample_ends)
+        return tuple(
+            sample_digest(number, self.tokens_T[start:stop])
+            for number, start, stop in zip(self.sample_ids, starts, self.sample_ends, strict=False)
+        )
 
 
 @dataclass(frozen=True)
@@ -59,8 +89,13 @@ class StepBatch:
     micro_batches: tuple[PackedBatch, ...]
     first_sample: int
     """Sample number of slot 0 of the global batch."""
-    sample_digests: tuple[bytes, ...]
-    """Of this rank's samples in slot order."""
+    skipped: tuple[Skipped, ...] = ()
+    """What is left out of this rank's samples."""
+
+    @property
+    def sample_digests(self) -> tuple[bytes, ...]:
+        """Of this rank's samples in slot order."""
+        return tuple(digest for batch in self.micro_batches for digest in batch.sample_digests)
 
     @property
     def num_tokens(self) -> int:
@@ -68,10 +103,11 @@ class StepBatch:
         return sum(batch.num_tokens for batch in self.micro_batches)
 
 
-def sample_digest(sample: Sample) -> bytes:
+def sample_digest(number: int, tokens_T: np.ndarray) -> bytes:
     """Returns sha256(sample number as int64 LE + tokens as int32 LE)."""
-    number = sample.index.to_bytes(8, "little", signed=True)
-    return hashlib.sha256(number + sample.tokens_T.astype("<i4").tobytes()).digest()
+    digest = hashlib.sha256(number.to_bytes(8, "little", signed=True))
+    digest.update(tokens_T.astype("<i4").data)
+    return digest.digest()
 
 
 def batch_digest(sample_digests: Iterable[bytes]) -> str:

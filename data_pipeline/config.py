@@ -6,6 +6,17 @@ import math
 from dataclasses import dataclass
 
 from data_pipeline.errors import InputError
+from data_pipeline.storage import StorageOptions
+
+ON_DAMAGE = ("stop", "skip")
+_COUNTS = (
+    "seq_len",
+    "shuffle_block",
+    "prefetch_steps",
+    "reader_threads",
+    "read_attempts",
+    "cache_bytes",
+)
 
 
 @dataclass(frozen=True)
@@ -13,7 +24,7 @@ class SourceConfig:
     """One shard folder and its share of the samples."""
 
     path: str
-    """Shard folder written by `megadlcm data prepare`."""
+    """Shard folder written by `megadlcm data prepare`, or its URL (s3://, gs://, http://, ...)."""
 
     weight: float = 1.0
     """Share of the samples relative to the other sources of the list; any unit, > 0."""
@@ -57,16 +68,53 @@ class DataConfig:
     """Samples that are permuted among themselves; 1 keeps the windows in stream order."""
 
     prefetch_steps: int = 2
-    """Global steps read ahead of the training loop by the loader's thread."""
+    """Global steps read ahead of the training loop."""
+
+    reader_threads: int = 4
+    """Threads that read samples side by side, to hide the latency of the storage."""
+
+    on_damage: str = "stop"
+    """Shards that are missing or not as written: "stop", or "skip" them and record what."""
+
+    max_skipped_tokens: int = 10_000_000
+    """Most tokens a run may leave out by on_damage: skip; then it stops after all."""
+
+    new_phase: bool = False
+    """Let a resumed run go on with other train sources or weights, as a recorded new phase."""
+
+    read_attempts: int = 5
+    """Times a failing read is tried, with growing pauses, before the run ends."""
+
+    timeout_seconds: float = 600.0
+    """Longest that the training loop waits for data before the run ends."""
+
+    cache_dir: str | None = None
+    """Folder on a local disk for copies of shards that are read by URL."""
+
+    cache_bytes: int = 100_000_000_000
+    """Most bytes of copies kept there, by all processes of the machine together."""
 
     tokenizer: str | None = None
     """Tokenizer file or folder; None means the tokenizer.json kept with the shards."""
 
     def __post_init__(self) -> None:
         """Checks the ranges and that no two sources of a list share a name."""
-        for key in ("seq_len", "shuffle_block", "prefetch_steps"):
+        for key in _COUNTS:
             if getattr(self, key) < 1:
                 raise InputError(f"data.{key} = {getattr(self, key)}, must be >= 1; give a count")
+        if self.on_damage not in ON_DAMAGE:
+            raise InputError(
+                f"data.on_damage = {self.on_damage!r}, must be one of {', '.join(ON_DAMAGE)}; "
+                "choose one of them"
+            )
+        if self.max_skipped_tokens < 0:
+            raise InputError(
+                f"data.max_skipped_tokens = {self.max_skipped_tokens}, must be >= 0; give a count"
+            )
+        if not 0 < self.timeout_seconds < math.inf:
+            raise InputError(
+                f"data.timeout_seconds = {self.timeout_seconds}, must be > 0; give seconds"
+            )
         if self.seed is not None and self.seed < 0:
             raise InputError(f"data.seed = {self.seed}, must be >= 0; choose another seed")
         for split in ("train", "valid"):
@@ -77,6 +125,13 @@ class DataConfig:
                         f"data.{split}: two sources are called {label!r}, names must differ; "
                         "give each its own `name`"
                     )
+
+    @property
+    def storage(self) -> StorageOptions:
+        """How the shard folders are read."""
+        return StorageOptions(
+            attempts=self.read_attempts, cache_dir=self.cache_dir, cache_bytes=self.cache_bytes
+        )
 
     def sources(self, split: str) -> tuple[SourceConfig, ...]:
         """Returns the sources of "train" or "valid"; raises InputError for another name."""

@@ -1,4 +1,4 @@
-"""The one error that means: what the user gave is wrong, not the program."""
+"""What can be wrong: the user's input, the bytes of the corpus, or the storage they lie on."""
 
 from __future__ import annotations
 
@@ -7,4 +7,19 @@ class InputError(ValueError):
     """Says in one line which key has which value, the rule it breaks, and the way out.
 
     The command line prints `error: <message>` and exits with 2; it shows no traceback.
+    """
+
+
+class DamagedDataError(InputError):
+    """Stored bytes are missing or not those written: whoever reads them finds the same.
+
+    `data.on_damage: skip` leaves such bytes out of training and records it; nothing else does.
+    """
+
+
+class StorageError(RuntimeError):
+    """The storage did not answer as it should, however often it was asked; says so in one line.
+
+    Not a statement on the bytes: another process, or the next start, may read them. Never skipped.
+    The command line prints `error: <message>` and exits with 1.
     """

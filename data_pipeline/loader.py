@@ -1,18 +1,32 @@
-"""Global steps of samples for one data-parallel rank, read ahead by a thread."""
+"""Global steps of samples for one data-parallel rank, read ahead by threads."""
 
 from __future__ import annotations
 
-import queue
+import logging
 import threading
+import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
-from data_pipeline.batch import PackedBatch, StepBatch
+from data_pipeline.batch import PackedBatch, Skipped, StepBatch
 from data_pipeline.config import DataConfig
-from data_pipeline.errors import InputError
-from data_pipeline.packing import pack_samples
+from data_pipeline.errors import InputError, StorageError
+from data_pipeline.packing import pack_windows
 from data_pipeline.samples import SampleReader
 
-POLL_SECONDS = 0.1
+logger = logging.getLogger(__name__)
+
+SAY_SECONDS = 30.0
+"""Waiting for data this long is worth a line in the log."""
+CLOSE_SECONDS = 5.0
+"""A thread that does not end in this time hangs in a read; it is left to the end of the process."""
+
+
+class _Read(NamedTuple):
+    """A micro-batch that was read."""
+
+    batch: PackedBatch
+    skipped: tuple[Skipped, ...]
 
 
 class StepLoader(Iterator[StepBatch]):
@@ -31,91 +45,146 @@ class StepLoader(Iterator[StepBatch]):
         data_parallel_rank: int = 0,
         data_parallel_size: int = 1,
         start_sample: int = 0,
+        reader: SampleReader | None = None,
     ) -> None:
         """Opens the train sources and starts reading.
 
         Args:
-            data: sources, seq_len, seed, prefetch_steps.
+            data: sources, seq_len, seed, how to read.
             global_batch_size: samples of one step over all ranks.
             micro_batch_size: samples of one micro-batch.
             data_parallel_rank: this rank.
             data_parallel_size: number of ranks that share the global batch.
             start_sample: samples consumed so far; reading starts there at once.
+            reader: gives the samples and is closed with the loader; None: the train sources, from
+                their start.
 
         Raises:
             InputError: sizes that do not divide, or sources that cannot be read.
+            StorageError: the storage does not answer.
         """
-        share = data_parallel_size * micro_batch_size
-        if micro_batch_size < 1 or data_parallel_size < 1 or global_batch_size % share:
-            raise InputError(
-                f"training.global_batch_size = {global_batch_size}, must be a multiple of "
-                f"data_parallel_size {data_parallel_size} x micro_batch_size {micro_batch_size}; "
-                "change one of them"
-            )
-        if global_batch_size < 1:
-            raise InputError(f"training.global_batch_size = {global_batch_size}, must be >= 1")
+        _check_sizes(global_batch_size, micro_batch_size, data_parallel_size)
         if not 0 <= data_parallel_rank < data_parallel_size:
             raise AssertionError(f"rank {data_parallel_rank} of {data_parallel_size}")
-        self._reader = SampleReader(data, "train")
-        self._seq_len = data.seq_len
+        self._reader = reader or SampleReader(data, "train")
+        self._data = data
+        self._start_sample = start_sample
         self._global_batch_size = global_batch_size
         self._micro_batch_size = micro_batch_size
-        slots_per_rank = global_batch_size // data_parallel_size
-        self._slots = range(
-            data_parallel_rank * slots_per_rank, (data_parallel_rank + 1) * slots_per_rank
-        )
-        self._ready: queue.Queue[StepBatch | BaseException] = queue.Queue(data.prefetch_steps)
+        self._slots_per_rank = global_batch_size // data_parallel_size
+        self._first_slot = data_parallel_rank * self._slots_per_rank
+        self._per_step = self._slots_per_rank // micro_batch_size
+        # Micro-batches are numbered through; threads take them in turn and put them here.
+        self._done: dict[int, _Read | BaseException] = {}
+        self._next_to_read = 0
+        self._next_to_give = 0
+        self._closed = False
         self._failure: BaseException | None = None
-        self._closed = threading.Event()
-        self._thread = threading.Thread(
-            target=self._read_ahead, args=(start_sample,), name="data-prefetch", daemon=True
-        )
-        self._thread.start()
+        self._changed = threading.Condition()
+        # Daemons, and not a pool that the interpreter waits for: a read may never return.
+        self._threads = [
+            threading.Thread(target=self._read_ahead, name=f"data-{number}", daemon=True)
+            for number in range(data.reader_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def __next__(self) -> StepBatch:
-        """Returns the next step; raises what the reading thread raised, now and ever after."""
+        """Returns the next step.
+
+        Raises:
+            InputError, StorageError: what the first failing read raised, now and ever after; also
+                StorageError where data.timeout_seconds have passed.
+        """
         if self._failure is not None:
             raise self._failure
-        while not self._closed.is_set():
-            try:
-                item = self._ready.get(timeout=POLL_SECONDS)
-            except queue.Empty:
-                if self._thread.is_alive() or not self._ready.empty():
-                    continue
-                raise RuntimeError("the data thread ended without a word") from None
-            if isinstance(item, BaseException):
-                self._failure = item
-                raise item
-            return item
-        raise StopIteration
+        if self._closed:
+            raise StopIteration
+        first = self._next_to_give
+        reads = [self._wait_for(number) for number in range(first, first + self._per_step)]
+        with self._changed:
+            for number in range(first, first + self._per_step):
+                self._done.pop(number, None)
+            self._next_to_give += self._per_step
+            self._changed.notify_all()
+        return StepBatch(
+            tuple(read.batch for read in reads),
+            self._start_sample + first // self._per_step * self._global_batch_size,
+            tuple(skipped for read in reads for skipped in read.skipped),
+        )
 
     def close(self) -> None:
-        """Stops the thread and closes the files; next() then ends the iteration."""
-        self._closed.set()
-        self._thread.join()
+        """Stops the threads and lets the files go; next() then ends the iteration."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        until = time.monotonic() + CLOSE_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
         self._reader.close()
 
-    def _read_ahead(self, first_sample: int) -> None:
-        try:
-            while not self._closed.is_set():
-                self._hand_over(self._read_step(first_sample))
-                first_sample += self._global_batch_size
-        except BaseException as error:  # whatever it is, the training loop must hear of it
-            self._hand_over(error)
+    def _wait_for(self, number: int) -> _Read:
+        """Returns a micro-batch; raises what reading it raised, or that it takes too long."""
+        started = time.monotonic()
+        timeout = self._data.timeout_seconds
+        with self._changed:
+            while number not in self._done:
+                if self._closed:
+                    raise StopIteration
+                waited = time.monotonic() - started
+                if waited >= timeout:
+                    self._done[number] = StorageError(
+                        f"no data for {timeout:g} s, still reading {self._reader.busy_with()}; "
+                        "check the storage, or raise data.timeout_seconds"
+                    )
+                    break
+                if not self._changed.wait(min(SAY_SECONDS, timeout - waited)):
+                    busy = self._reader.busy_with()
+                    logger.warning("waiting for data, still reading %s", busy)
+            found = self._done[number]
+        if isinstance(found, BaseException):
+            self._failure = found
+            raise found
+        return found
 
-    def _hand_over(self, item: StepBatch | BaseException) -> None:
-        while not self._closed.is_set():
+    def _read_ahead(self) -> None:
+        ahead = self._data.prefetch_steps * self._per_step
+        while True:
+            with self._changed:
+                while not self._closed and self._next_to_read >= self._next_to_give + ahead:
+                    self._changed.wait()
+                if self._closed:
+                    return
+                number = self._next_to_read
+                self._next_to_read += 1
+            found: _Read | BaseException
             try:
-                self._ready.put(item, timeout=POLL_SECONDS)
+                found = self._read(number)
+            except BaseException as error:  # whatever it is, the training loop must hear of it
+                found = error
+            with self._changed:
+                self._done.setdefault(number, found)
+                self._changed.notify_all()
+            if isinstance(found, BaseException):
                 return
-            except queue.Full:
-                continue
 
-    def _read_step(self, first_sample: int) -> StepBatch:
-        batches: list[PackedBatch] = []
-        for first_slot in self._slots[:: self._micro_batch_size]:
-            slots = range(first_slot, first_slot + self._micro_batch_size)
-            samples = [self._reader.sample(first_sample + slot) for slot in slots]
-            batches.append(pack_samples(samples, slots, self._seq_len))
-        digests = tuple(digest for batch in batches for digest in batch.sample_digests)
-        return StepBatch(tuple(batches), first_sample, digests)
+    def _read(self, number: int) -> _Read:
+        step, micro_batch = divmod(number, self._per_step)
+        first_sample = self._start_sample + step * self._global_batch_size
+        first_slot = self._first_slot + micro_batch * self._micro_batch_size
+        slots = range(first_slot, first_slot + self._micro_batch_size)
+        windows = [self._reader.window(first_sample + slot) for slot in slots]
+        skipped = tuple(place for window in windows for place in window.skipped)
+        return _Read(pack_windows(windows, slots, self._data.seq_len), skipped)
+
+
+def _check_sizes(global_batch_size: int, micro_batch_size: int, data_parallel_size: int) -> None:
+    share = data_parallel_size * micro_batch_size
+    if micro_batch_size < 1 or data_parallel_size < 1 or global_batch_size % share:
+        raise InputError(
+            f"training.global_batch_size = {global_batch_size}, must be a multiple of "
+            f"data_parallel_size {data_parallel_size} x micro_batch_size {micro_batch_size}; "
+            "change one of them"
+        )
+    if global_batch_size < 1:
+        raise InputError(f"training.global_batch_size = {global_batch_size}, must be >= 1")

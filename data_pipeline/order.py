@@ -11,6 +11,8 @@ A document of n tokens takes n + 1 places of the stream (inputs [eos, t1..tn], l
 
 from __future__ import annotations
 
+import threading
+from bisect import bisect_right
 from collections.abc import Callable, Hashable
 from typing import Generic, NamedTuple, TypeVar
 
@@ -21,6 +23,9 @@ Value = TypeVar("Value")
 
 # One number per purpose keeps the generators of a seed apart.
 SHARD_ORDER, DOCUMENT_ORDER, WINDOW_ORDER, MIXTURE_ORDER = range(4)
+
+KEPT_SHARDS = 32
+"""Shards whose documents are kept at hand: those that one shuffle block touches, and some more."""
 
 
 class WindowPlace(NamedTuple):
@@ -33,43 +38,56 @@ class WindowPlace(NamedTuple):
     """One past its last stream position."""
 
 
-class StreamPiece(NamedTuple):
-    """A stretch of one document inside a window."""
+class Stretch(NamedTuple):
+    """The part of a window that lies in one shard."""
 
     shard: int
-    document: int
-    """Row of the shard's document table."""
     start: int
-    """First position in the document's own stream of num_tokens + 1 places."""
+    """First place in the shard's own stream, its documents in the order of the epoch."""
     stop: int
 
 
-class LeastRecent(Generic[Key, Value]):
-    """Keeps the last `capacity` values it was asked for; making one again must change nothing."""
+Piece = tuple[int, int, int]
+"""Document (row of its shard's table), first place and one past the last in the document's own
+stream of num_tokens + 1 places."""
 
-    def __init__(self, capacity: int, discard: Callable[[Value], object] | None = None) -> None:
-        """Keeps at most `capacity` values; `discard` is called with each one let go."""
+
+class LeastRecent(Generic[Key, Value]):
+    """Keeps the last `capacity` values it was asked for; making one again must change nothing.
+
+    For any number of threads: two of them may make the same value, one of which is kept.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        """Keeps at most `capacity` values."""
         self._values: dict[Key, Value] = {}
         self._capacity = capacity
-        self._discard = discard
+        self._lock = threading.Lock()
 
     def get_or_make(self, key: Key, make: Callable[[], Value]) -> Value:
         """Returns the value of the key, made where it is not kept."""
-        value = self._values.pop(key) if key in self._values else make()
-        self._values[key] = value  # reinserted last: dicts keep insertion order
-        if len(self._values) > self._capacity:
-            self._let_go(next(iter(self._values)))
+        with self._lock:
+            if key in self._values:
+                value = self._values.pop(key)
+                self._values[key] = value  # reinserted last: dicts keep insertion order
+                return value
+        made = make()  # outside the lock: it may read a file
+        with self._lock:
+            value = self._values.pop(key, made)
+            self._values[key] = value
+            if len(self._values) > self._capacity:
+                self._values.pop(next(iter(self._values)))
         return value
+
+    def forget(self, key: Key) -> None:
+        """Lets the value of a key go."""
+        with self._lock:
+            self._values.pop(key, None)
 
     def clear(self) -> None:
         """Lets every value go."""
-        while self._values:
-            self._let_go(next(iter(self._values)))
-
-    def _let_go(self, key: Key) -> None:
-        value = self._values.pop(key)
-        if self._discard is not None:
-            self._discard(value)
+        with self._lock:
+            self._values.clear()
 
 
 def permutation(size: int, seed: int, *key: int) -> np.ndarray:
@@ -100,11 +118,11 @@ class ShardOrder(NamedTuple):
 
 
 class DocumentOrder(NamedTuple):
-    """The documents of one shard in one epoch."""
+    """The documents of one shard in one epoch; views, whose items are plain numbers."""
 
-    documents: np.ndarray
+    documents: memoryview
     """int64 (num_documents,): table rows in reading order."""
-    starts: np.ndarray
+    starts: memoryview
     """int64 (num_documents + 1,): place inside the shard's stretch where each begins."""
 
 
@@ -118,7 +136,7 @@ class SourceOrder:
         *,
         seq_len: int,
         seed: int,
-        source: int,
+        key: int,
         shuffle_block: int,
     ) -> None:
         """Prepares the order; reads no document table yet.
@@ -128,19 +146,21 @@ class SourceOrder:
             document_stream_tokens: shard number -> int64 (num_documents,), num_tokens + 1 each.
             seq_len: stream tokens of a window.
             seed: seed of the run's data order.
-            source: number of the source in its list.
+            key: number of the source; no two sources of a run share one.
             shuffle_block: windows permuted among themselves.
         """
         self._shard_stream_tokens = shard_stream_tokens
         self._document_stream_tokens = document_stream_tokens
         self._seq_len = seq_len
         self._seed = seed
-        self._source = source
+        self._key = key
         self._shuffle_block = shuffle_block
         self.num_stream_tokens = int(shard_stream_tokens.sum())
         self.num_windows = -(-self.num_stream_tokens // seq_len)
         self._shard_orders: LeastRecent[int, ShardOrder] = LeastRecent(2)
-        self._document_orders: LeastRecent[tuple[int, int], DocumentOrder] = LeastRecent(64)
+        self._document_orders: LeastRecent[tuple[int, int], DocumentOrder] = LeastRecent(
+            KEPT_SHARDS
+        )
         self._block_orders: LeastRecent[tuple[int, int], np.ndarray] = LeastRecent(4)
 
     def place(self, number: int) -> WindowPlace:
@@ -151,35 +171,42 @@ class SourceOrder:
         size = min(self._shuffle_block, self.num_windows - first)
         order = self._block_orders.get_or_make(
             (epoch, block),
-            lambda: permutation(size, self._seed, WINDOW_ORDER, self._source, epoch, block),
+            lambda: permutation(size, self._seed, WINDOW_ORDER, self._key, epoch, block),
         )
         start = (first + int(order[offset])) * self._seq_len
         return WindowPlace(epoch, start, min(start + self._seq_len, self.num_stream_tokens))
 
-    def pieces(self, place: WindowPlace) -> list[StreamPiece]:
-        """Returns the stretches of documents that fill a window, in stream order."""
+    def stretches(self, place: WindowPlace) -> list[Stretch]:
+        """Returns the parts of a window by shard, in stream order; needs no document table."""
         shards = self._shards(place.epoch)
         turn = int(np.searchsorted(shards.starts, place.start, side="right")) - 1
-        found: list[StreamPiece] = []
+        found: list[Stretch] = []
         position = place.start
         while position < place.stop:
-            shard, base = int(shards.shards[turn]), int(shards.starts[turn])
-            documents = self._documents(place.epoch, shard)
-            stop = min(place.stop, int(shards.starts[turn + 1]))
-            row = int(np.searchsorted(documents.starts, position - base, side="right")) - 1
-            while position < stop:
-                first = base + int(documents.starts[row])
-                end = min(stop, base + int(documents.starts[row + 1]))
-                document = int(documents.documents[row])
-                found.append(StreamPiece(shard, document, position - first, end - first))
-                position, row = end, row + 1
-            turn += 1
+            base, end = int(shards.starts[turn]), int(shards.starts[turn + 1])
+            stop = min(place.stop, end)
+            found.append(Stretch(int(shards.shards[turn]), position - base, stop - base))
+            position, turn = stop, turn + 1
+        return found
+
+    def pieces(self, epoch: int, stretch: Stretch) -> list[Piece]:
+        """Returns the stretches of documents that fill a part of a window, in stream order."""
+        order = self._documents(epoch, stretch.shard)
+        documents, starts = order.documents, order.starts
+        turn = bisect_right(starts, stretch.start) - 1
+        position, stop = stretch.start, stretch.stop
+        found: list[Piece] = []
+        while position < stop:
+            first, end = starts[turn], starts[turn + 1]
+            last = end if end < stop else stop
+            found.append((documents[turn], position - first, last - first))
+            position, turn = last, turn + 1
         return found
 
     def _shards(self, epoch: int) -> ShardOrder:
         def make() -> ShardOrder:
             size = len(self._shard_stream_tokens)
-            order = permutation(size, self._seed, SHARD_ORDER, self._source, epoch)
+            order = permutation(size, self._seed, SHARD_ORDER, self._key, epoch)
             return ShardOrder(order, _starts(self._shard_stream_tokens[order]))
 
         return self._shard_orders.get_or_make(epoch, make)
@@ -187,9 +214,9 @@ class SourceOrder:
     def _documents(self, epoch: int, shard: int) -> DocumentOrder:
         def make() -> DocumentOrder:
             sizes = self._document_stream_tokens(shard)
-            key = (DOCUMENT_ORDER, self._source, epoch, shard)
-            order = permutation(len(sizes), self._seed, *key)
-            return DocumentOrder(order, _starts(sizes[order]))
+            purpose = (DOCUMENT_ORDER, self._key, epoch, shard)
+            order = permutation(len(sizes), self._seed, *purpose)
+            return DocumentOrder(order.data, _starts(sizes[order]).data)
 
         return self._document_orders.get_or_make((epoch, shard), make)
 

@@ -1,93 +1,126 @@
-"""Pieces of documents to samples, samples to packed micro-batches."""
+"""Pieces of documents to samples, samples to packed micro-batches.
+
+With t the n tokens of a document, its stream is: inputs [eos, t1..tn], labels [t1..tn, eos], n + 1
+places. A piece is a stretch of that stream. The label of a piece's last place is the true next
+token, also where a window cuts the document there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from data_pipeline.batch import PackedBatch, Sample, sample_digest
+from data_pipeline.batch import PackedBatch, Sample, Skipped
+
+EMPTY_DOCUMENT = "empty document in place of damaged bytes"
+"""Id of what stands for a sample of which nothing could be read."""
 
 
-class Piece(NamedTuple):
-    """Inputs and labels of a stretch of one document."""
+@dataclass(slots=True)
+class Window:
+    """A sample as it is read: tokens as they are stored, neither joined nor widened."""
 
-    tokens_T: np.ndarray
-    labels_T: np.ndarray
+    number: int
+    """Sample number of the run."""
+    source: str
+    """Name of its source."""
+    epoch: int
+    """Epoch of that source."""
+    inputs: list[np.ndarray] = field(default_factory=list)
+    """uint16 or uint32: joined, they are the inputs."""
+    labels: list[np.ndarray] = field(default_factory=list)
+    """uint16 or uint32: joined, they are the labels."""
+    lengths: list[int] = field(default_factory=list)
+    """Places of each piece."""
+    document_ids: list[str] = field(default_factory=list)
+    """One per piece; empty where they were not asked for."""
+    skipped: list[Skipped] = field(default_factory=list)
+    """What is left out."""
+
+    def add(self, text: np.ndarray, opens: bool, closes: bool, eos: np.ndarray) -> None:
+        """Adds a piece.
+
+        Args:
+            text: the tokens that its inputs and labels are made of: t[a..b] where the piece covers
+                the places from a + 1 on, or from 0 where it opens.
+            opens: whether it begins with the document's end-of-text input.
+            closes: whether it ends with the document's end-of-text label.
+            eos: the end-of-text token, stored like the text (1,).
+        """
+        # The four cases differ in who has one token more than the text, or one less.
+        if opens:
+            self.inputs.append(eos)
+        self.inputs.append(text if closes else text[:-1])
+        self.labels.append(text if opens else text[1:])
+        if closes:
+            self.labels.append(eos)
+        self.lengths.append(len(text) - 1 + opens + closes)
+
+    def add_empty_document(self, eos: np.ndarray) -> None:
+        """Adds a document without text: one place, whose input and label is end-of-text."""
+        self.add(eos[:0], True, True, eos)
+        self.document_ids.append(EMPTY_DOCUMENT)
 
 
-def cut_piece(
-    read_tokens: Callable[[int, int], np.ndarray], num_tokens: int, start: int, stop: int, eos: int
-) -> Piece:
-    """Cuts places [start, stop) out of a document's stream.
-
-    With t the document's n tokens: inputs [eos, t1..tn], labels [t1..tn, eos], n + 1 places each.
-    The label of a piece's last place is the true next token, also where the piece is cut there.
-
-    Args:
-        read_tokens: (first, last) -> int64 tokens [first, last) of the text.
-        num_tokens: n.
-        start: first place, >= 0.
-        stop: one past the last place, <= n + 1.
-        eos: end-of-text token.
-
-    Returns:
-        int64 (stop - start,) inputs and labels.
-    """
-    first, last = max(start - 1, 0), min(stop, num_tokens)
-    text = read_tokens(first, last)
-    if len(text) != last - first:
-        raise AssertionError(f"read {len(text)} tokens of {last - first}")
-    stream = np.empty(stop - start + 1, dtype=np.int64)
-    # stream[i] is the input of place start + i and the label of the place before it.
-    opening, closing = int(start == 0), int(stop == num_tokens + 1)
-    stream[0] = eos
-    stream[-1] = eos
-    stream[opening : len(stream) - closing] = text
-    return Piece(stream[:-1], stream[1:])
-
-
-def join_pieces(
-    index: int, source: str, epoch: int, pieces: Sequence[Piece], document_ids: Sequence[str]
-) -> Sample:
-    """Returns the sample of pieces that follow each other in the stream."""
+def make_sample(window: Window) -> Sample:
+    """Returns a window as a sample of int64 tokens."""
     return Sample(
-        index=index,
-        source=source,
-        epoch=epoch,
-        tokens_T=np.concatenate([piece.tokens_T for piece in pieces]),
-        labels_T=np.concatenate([piece.labels_T for piece in pieces]),
-        cu_seqlens=_ends([len(piece.tokens_T) for piece in pieces]),
-        document_ids=tuple(document_ids),
+        index=window.number,
+        source=window.source,
+        epoch=window.epoch,
+        tokens_T=np.concatenate(window.inputs).astype(np.int64),
+        labels_T=np.concatenate(window.labels).astype(np.int64),
+        cu_seqlens=_ends(window.lengths),
+        document_ids=tuple(window.document_ids),
+        skipped=tuple(window.skipped),
     )
 
 
-def pack_samples(samples: Sequence[Sample], slots: Sequence[int], seq_len: int) -> PackedBatch:
-    """Packs samples into one micro-batch.
+def pack_windows(windows: Sequence[Window], slots: Sequence[int], seq_len: int) -> PackedBatch:
+    """Packs windows into one micro-batch.
 
     Args:
-        samples: at most seq_len tokens each, at least one sample.
-        slots: place of each sample in the global batch.
-        seq_len: tokens of a full sample.
+        windows: at most seq_len places each, at least one window.
+        slots: place of each in the global batch.
+        seq_len: places of a full window.
 
     Returns:
-        The micro-batch; token_index_T = slot * seq_len + position in the sample.
+        The micro-batch; token_index_T = slot * seq_len + position in the window.
     """
-    lengths = [np.diff(sample.cu_seqlens) for sample in samples]
-    index = [
-        slot * seq_len + np.arange(len(sample.tokens_T), dtype=np.int64)
-        for slot, sample in zip(slots, samples, strict=True)
-    ]
+    sizes = [sum(window.lengths) for window in windows]
     return PackedBatch(
-        tokens_T=np.concatenate([sample.tokens_T for sample in samples]),
-        labels_T=np.concatenate([sample.labels_T for sample in samples]),
-        cu_seqlens=_ends(np.concatenate(lengths)),
-        token_index_T=np.concatenate(index),
-        sample_ids=tuple(sample.index for sample in samples),
-        sample_digests=tuple(sample_digest(sample) for sample in samples),
+        tokens_T=np.concatenate([part for window in windows for part in window.inputs]).astype(
+            np.int64
+        ),
+        labels_T=np.concatenate([part for window in windows for part in window.labels]).astype(
+            np.int64
+        ),
+        cu_seqlens=_ends([length for window in windows for length in window.lengths]),
+        token_index_T=token_index(slots, sizes, seq_len),
+        sample_ids=tuple(window.number for window in windows),
+        sample_ends=tuple(np.cumsum(sizes).tolist()),
     )
 
 
-def _ends(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
-    return np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+def token_index(slots: Sequence[int], sizes: Sequence[int], seq_len: int) -> np.ndarray:
+    """Returns slot * seq_len + position of every place of a micro-batch, int64 (T,).
+
+    Args:
+        slots: place of each sample in the global batch.
+        sizes: places of each sample, <= seq_len.
+        seq_len: places of a full sample.
+    """
+    return np.concatenate(
+        [
+            np.arange(slot * seq_len, slot * seq_len + size, dtype=np.int64)
+            for slot, size in zip(slots, sizes, strict=True)
+        ]
+    )
+
+
+def _ends(lengths: Sequence[int]) -> np.ndarray:
+    ends = np.zeros(len(lengths) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=ends[1:])
+    return ends

@@ -5,9 +5,10 @@ A record is two tar members, as webdataset groups them by the name before the fi
     000000000042.json   {"id", "domain", "source", "num_bytes", "num_tokens"}
     000000000042.npy    the text's tokens, 1-D uint16 or uint32
 
-The table NAME.documents.npy holds two arrays one after the other (numpy.load on an open file):
-DOCUMENT_DTYPE rows, then the CRC-32 of every CHECKSUM_TOKENS tokens of each document. The table
-makes a read O(1), the checksums make a read of a part of a long document safe.
+The table NAME.documents.npy holds three arrays one after the other (numpy.load on an open file):
+DOCUMENT_DTYPE rows, the CRC-32 of every CHECKSUM_TOKENS tokens of each document, and the names of
+the shard's domains as a JSON list in uint8. The table makes a read O(1), the checksums make a read
+of a part of a long document safe.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import io
 import json
 import tarfile
 import zlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,8 +28,8 @@ BLOCK_BYTES = 512
 TAR_RECORD_BYTES = 10240
 """Tar pads an archive to this."""
 
-CHECKSUM_TOKENS = 8192
-"""Tokens covered by one checksum: 16 KiB of uint16, so a window reads little beyond itself."""
+CHECKSUM_TOKENS = 1024
+"""Tokens covered by one checksum: 2 KiB of uint16, so a window reads little beyond itself."""
 
 DOCUMENT_DTYPE = np.dtype(
     [
@@ -36,7 +38,7 @@ DOCUMENT_DTYPE = np.dtype(
         ("num_tokens", "<i8"),
         ("num_bytes", "<i8"),  # of the text in UTF-8
         ("metadata_bytes", "<i4"),  # of the .json member, which begins BLOCK_BYTES in
-        ("domain", "<i4"),  # number in index.json's domains
+        ("domain", "<i4"),  # number in the table's list of domains
     ]
 )
 
@@ -92,14 +94,6 @@ def is_tar_header(block: bytes) -> bool:
     return len(block) == BLOCK_BYTES and block[257:262] == b"ustar"
 
 
-def encode_table(rows: np.ndarray, checksums: np.ndarray) -> bytes:
-    """Returns the bytes of a document table from DOCUMENT_DTYPE rows and uint32 checksums."""
-    stored = io.BytesIO()
-    np.save(stored, rows, allow_pickle=False)
-    np.save(stored, checksums, allow_pickle=False)
-    return stored.getvalue()
-
-
 class DocumentTable(NamedTuple):
     """The documents of one shard."""
 
@@ -109,20 +103,43 @@ class DocumentTable(NamedTuple):
     """uint32, those of all documents one after the other."""
     first_checksum: np.ndarray
     """int64 (num_documents,): where each document's checksums begin."""
+    domains: tuple[str, ...]
+    """Names by number."""
+
+
+def encode_table(rows: np.ndarray, checksums: np.ndarray, domains: Sequence[str]) -> bytes:
+    """Returns the bytes of a document table.
+
+    Args:
+        rows: DOCUMENT_DTYPE (num_documents,).
+        checksums: uint32, those of all documents one after the other.
+        domains: names by number.
+    """
+    stored = io.BytesIO()
+    names = json.dumps(list(domains), ensure_ascii=False).encode("utf-8")
+    for array in (rows, checksums, np.frombuffer(names, dtype=np.uint8)):
+        np.save(stored, array, allow_pickle=False)
+    return stored.getvalue()
 
 
 def decode_table(contents: bytes) -> DocumentTable:
     """Reads a document table; raises ValueError when the bytes are none."""
     stored = io.BytesIO(contents)
-    rows = np.load(stored, allow_pickle=False)
-    checksums = np.load(stored, allow_pickle=False)
-    if rows.dtype != DOCUMENT_DTYPE or rows.ndim != 1:
-        raise ValueError(f"rows of {rows.dtype}")
+    try:
+        rows, checksums, names = (np.load(stored, allow_pickle=False) for _ in range(3))
+        domains = json.loads(names.tobytes())
+    except (EOFError, OSError, SyntaxError) as error:
+        raise ValueError(str(error)) from error
+    if rows.dtype != DOCUMENT_DTYPE or rows.ndim != 1 or not len(rows):
+        raise ValueError(f"rows of {rows.dtype} {rows.shape}")
     counts = -(-rows["num_tokens"] // CHECKSUM_TOKENS)
     ends = np.cumsum(counts)
-    if len(rows) and (rows["num_tokens"].min() < 1 or len(checksums) != ends[-1]):
+    if rows["num_tokens"].min() < 1 or checksums.dtype != "<u4" or len(checksums) != ends[-1]:
         raise ValueError("an empty document or a missing checksum")
-    return DocumentTable(rows, checksums, ends - counts)
+    named = isinstance(domains, list) and all(isinstance(name, str) for name in domains)
+    if not named or rows["domain"].min() < 0 or rows["domain"].max() >= len(domains):
+        raise ValueError("a document without a domain")
+    return DocumentTable(rows, checksums, ends - counts, tuple(domains))
 
 
 def _member(name: str, contents: bytes) -> bytes:

@@ -2,59 +2,83 @@
 
 The nest:
 
-    sample n -> mixture: source s, its k-th sample -> order: epoch, window -> pieces of documents
+    sample n -> phase -> mixture: source s, its k-th sample -> order: epoch, window
+             -> stretches of shards -> pieces of documents -> tokens
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
-from data_pipeline.batch import Sample
+import numpy as np
+
+from data_pipeline.batch import Sample, Skipped
 from data_pipeline.config import DataConfig, SourceConfig
-from data_pipeline.errors import InputError
+from data_pipeline.errors import DamagedDataError, InputError
 from data_pipeline.index import ShardIndex, read_index
 from data_pipeline.mixture import Mixture, source_quotas
-from data_pipeline.order import SourceOrder
-from data_pipeline.packing import cut_piece, join_pieces
+from data_pipeline.order import SourceOrder, Stretch, WindowPlace
+from data_pipeline.packing import Window, make_sample
+from data_pipeline.phases import Phase
 from data_pipeline.shards import ShardReader
-from data_pipeline.tokenizer import TOKENIZER_FILE, load_tokenizer
-from data_pipeline.verify import check_folder
-
-
-@dataclass(frozen=True)
-class SourceSummary:
-    """What a run must know of its sources before it opens them."""
-
-    tokenizer: Path
-    """Tokenizer file or folder the run uses."""
-    train_tokens: int
-    """Tokens of one epoch of every train source, as trained."""
+from data_pipeline.storage import open_storage
 
 
 class SampleReader:
-    """Any sample of a split by number; for one thread, which must close it."""
+    """Any sample of a split by number; for any number of threads."""
 
-    def __init__(self, data: DataConfig, split: str = "train") -> None:
-        """Reads the indexes of the split's sources; raises InputError where one is unusable."""
+    def __init__(
+        self,
+        data: DataConfig,
+        split: str = "train",
+        phase: Phase | None = None,
+    ) -> None:
+        """Reads the indexes of the split's sources.
+
+        Args:
+            data: sources, seq_len, seed (None counts as 0), shuffle_block, how to read.
+            split: "train" or "valid".
+            phase: where the sources stand in a run that has changed them; None: at their start.
+
+        Raises:
+            InputError: no source, or an unusable one.
+            StorageError: the storage does not answer.
+        """
         sources = data.sources(split)
         if not sources:
             raise InputError(f"data.{split} = [], must name a shard folder; add {{path: FOLDER}}")
         seed = data.seed or 0
         self._mixture = Mixture(source_quotas(sources, split), seed)
+        self._first_sample = phase.first_sample if phase else 0
+        self._first_turns = [place.first_turn for place in phase.sources] if phase else None
+        keys = [place.key for place in phase.sources] if phase else range(len(sources))
         self._sources = [
-            SourceReader(source, number, data, seed) for number, source in enumerate(sources)
+            SourceReader(source, data, seed, key) for source, key in zip(sources, keys, strict=True)
         ]
 
     def sample(self, number: int) -> Sample:
-        """Returns sample `number`, O(1) in the number; raises InputError on a damaged shard."""
-        turn = self._mixture.turn(number)
-        return self._sources[turn.source].sample(turn.number, number)
+        """Returns sample `number`, O(1) in the number.
+
+        Raises:
+            DamagedDataError: its bytes are missing or not those written, and on_damage is stop.
+            StorageError: the storage does not answer.
+        """
+        return make_sample(self.window(number, with_ids=True))
+
+    def window(self, number: int, with_ids: bool = False) -> Window:
+        """Returns sample `number` as it is stored; ids of documents cost a read each."""
+        turn = self._mixture.turn(number - self._first_sample)
+        first = self._first_turns[turn.source] if self._first_turns else 0
+        return self._sources[turn.source].window(first + turn.number, number, with_ids)
+
+    def busy_with(self) -> str:
+        """Returns which shards are being read just now, for messages."""
+        shards = sorted({shard for source in self._sources for shard in source.busy_with()})
+        return ", ".join(shards) or "nothing"
 
     def close(self) -> None:
-        """Closes the files that are open."""
+        """Lets the files go that are open."""
         for source in self._sources:
             source.reader.close()
 
@@ -62,32 +86,95 @@ class SampleReader:
 class SourceReader:
     """The samples of one source."""
 
-    def __init__(self, source: SourceConfig, number: int, data: DataConfig, seed: int) -> None:
+    def __init__(self, source: SourceConfig, data: DataConfig, seed: int, key: int) -> None:
         """Reads the source's index."""
-        index = read_index(source.path)
-        self.reader = ShardReader(index)
-        self.order = SourceOrder(
-            index.shard_stream_tokens,
-            self.reader.stream_tokens,
-            seq_len=data.seq_len,
-            seed=seed,
-            source=number,
-            shuffle_block=data.shuffle_block,
-        )
+        storage = open_storage(source.path, data.storage)
+        index = read_index(source.path, storage)
+        self.reader = ShardReader(index, storage)
+        self.order = make_order(index, self.reader, data, seed, key)
         self._label = source.label
-        self._eos = index.eos_id
+        self._eos = np.array([index.eos_id], dtype=np.dtype(index.token_dtype).newbyteorder("<"))
+        self._skips = data.on_damage == "skip"
+        self._busy: dict[int, int] = {}
 
-    def sample(self, turn: int, number: int) -> Sample:
+    def busy_with(self) -> list[str]:
+        """Returns the paths of the shards that threads are reading just now."""
+        shards = set(self._busy.copy().values())
+        index, storage = self.reader.index, self.reader.storage
+        return [storage.path(index.shards[shard].tar_name) for shard in shards]
+
+    def window(self, turn: int, number: int, with_ids: bool) -> Window:
         """Returns the source's sample `turn` as sample `number` of the run."""
         place = self.order.place(turn)
-        pieces, ids = [], []
-        for shard, document, start, stop in self.order.pieces(place):
-            metadata = self.reader.metadata(shard, document)
-            read_tokens = partial(self.reader.tokens, shard, document)
-            num_tokens = metadata["num_tokens"]
-            pieces.append(cut_piece(read_tokens, num_tokens, start, stop, self._eos))
-            ids.append(metadata["id"])
-        return join_pieces(number, self._label, place.epoch, pieces, ids)
+        window = Window(number, self._label, place.epoch)
+        thread = threading.get_ident()
+        for stretch in self.order.stretches(place):
+            self._busy[thread] = stretch.shard
+            try:
+                self._read_stretch(window, place, stretch, with_ids)
+            except DamagedDataError as error:
+                self._leave_out(window, stretch, None, stretch.stop - stretch.start, error)
+        del self._busy[thread]
+        if not window.lengths:
+            window.add_empty_document(self._eos)
+        return window
+
+    def _read_stretch(
+        self, window: Window, place: WindowPlace, stretch: Stretch, with_ids: bool
+    ) -> None:
+        """Adds the pieces of one shard; none of them where the shard as a whole is unusable."""
+        shard = self.reader.shard(stretch.shard)
+        for document, start, stop in self.order.pieces(place.epoch, stretch):
+            # Place i of a document's stream has the input t[i] and the label t[i + 1].
+            opens, closes = start == 0, stop > shard.num_tokens[document]
+            try:
+                text = shard.tokens(document, start - 1 + opens, stop - closes)
+            except DamagedDataError as error:
+                self._leave_out(window, stretch, document, stop - start, error)
+                continue
+            window.add(text, opens, closes, self._eos)
+            if with_ids:
+                window.document_ids.append(self._document_id(stretch.shard, document))
+
+    def _document_id(self, shard: int, document: int) -> str:
+        try:
+            name: str = self.reader.shard(shard).metadata(document)["id"]
+        except DamagedDataError:
+            if not self._skips:
+                raise
+            # Its tokens are sound and trained on: only its name is lost.
+            name = f"{self.reader.index.shards[shard].name}, document {document}"
+        return name
+
+    def _leave_out(
+        self,
+        window: Window,
+        stretch: Stretch,
+        document: int | None,
+        num_tokens: int,
+        error: DamagedDataError,
+    ) -> None:
+        """Records places that cannot be read; raises the error where the policy is to stop."""
+        if not self._skips:
+            raise error
+        shard = self.reader.index.shards[stretch.shard].name
+        window.skipped.append(
+            Skipped(window.number, self._label, shard, document, num_tokens, str(error))
+        )
+
+
+def make_order(
+    index: ShardIndex, reader: ShardReader, data: DataConfig, seed: int, key: int
+) -> SourceOrder:
+    """Returns the order of a source from its index and document tables."""
+    return SourceOrder(
+        index.shard_stream_tokens,
+        reader.stream_tokens,
+        seq_len=data.seq_len,
+        seed=seed,
+        key=key,
+        shuffle_block=data.shuffle_block,
+    )
 
 
 def open_samples(data: DataConfig, start: int = 0, split: str = "train") -> Iterator[Sample]:
@@ -97,12 +184,13 @@ def open_samples(data: DataConfig, start: int = 0, split: str = "train") -> Iter
     iterator gives after k samples, at no cost in k.
 
     Args:
-        data: sources, seq_len, seed (None counts as 0), shuffle_block.
+        data: sources, seq_len, seed (None counts as 0), shuffle_block, how to read.
         start: first sample number, >= 0.
         split: "train" or "valid".
 
     Raises:
         InputError: an unusable source, or a damaged shard when it is reached.
+        StorageError: the storage does not answer.
     """
     if start < 0:
         raise InputError(f"start = {start}, must be >= 0; count samples from the run's beginning")
@@ -116,50 +204,3 @@ def _samples(reader: SampleReader, number: int) -> Iterator[Sample]:
             number += 1
     finally:
         reader.close()
-
-
-def check_sources(data: DataConfig, vocab_size: int) -> SourceSummary:
-    """Checks every shard folder of a run as far as can be done without reading the shards.
-
-    Every shard and table must be there and whole in size, its first and last record must begin
-    with a tar header; all folders and data.tokenizer must agree on the tokenizer. Bytes changed
-    inside a shard are found when they are read, or by `megadlcm data verify`.
-
-    Args:
-        data: configuration of the run.
-        vocab_size: model.vocab_size.
-
-    Raises:
-        InputError: the first thing found wrong.
-    """
-    sources = (*data.train, *data.valid)
-    if not sources:
-        raise InputError("data.train = [], must name a shard folder; add {path: FOLDER}")
-    indexes = [read_index(source.path) for source in sources]
-    first = indexes[0]
-    for index in indexes:
-        _check_tokenizer(index, first, vocab_size)
-    checked = {index.folder.resolve(): index for index in indexes}
-    for index in checked.values():
-        check_folder(index)
-    tokenizer = Path(data.tokenizer) if data.tokenizer else first.folder / TOKENIZER_FILE
-    if data.tokenizer and load_tokenizer(tokenizer).sha256 != first.tokenizer_sha256:
-        raise InputError(
-            f"data.tokenizer = {data.tokenizer}: not the tokenizer {first.folder} was prepared "
-            "with; leave it out to use the one kept with the shards"
-        )
-    train = indexes[: len(data.train)]
-    return SourceSummary(tokenizer, sum(index.num_stream_tokens for index in train))
-
-
-def _check_tokenizer(index: ShardIndex, first: ShardIndex, vocab_size: int) -> None:
-    if index.tokenizer_sha256 != first.tokenizer_sha256:
-        raise InputError(
-            f"data: {index.folder} and {first.folder} were prepared with different tokenizers, one "
-            "run has one; prepare them again with the same --tokenizer"
-        )
-    if index.max_token_id >= vocab_size:
-        raise InputError(
-            f"model.vocab_size = {vocab_size}: {index.folder} holds token {index.max_token_id}, "
-            f"tokens must be below it; set model.vocab_size >= {index.max_token_id + 1}"
-        )

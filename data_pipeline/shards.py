@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+from zlib import crc32
 
 import numpy as np
 
-from data_pipeline.errors import InputError
+from data_pipeline.errors import DamagedDataError
 from data_pipeline.index import Shard, ShardIndex, read_index
-from data_pipeline.order import LeastRecent
+from data_pipeline.order import KEPT_SHARDS, LeastRecent
 from data_pipeline.records import (
     BLOCK_BYTES,
     CHECKSUM_TOKENS,
     DocumentTable,
-    chunk_checksums,
     decode_table,
 )
-
-OPEN_FILES = 64
-KEPT_TABLES = 64
-
-Result = TypeVar("Result")
+from data_pipeline.storage import Location, Storage, StorageOptions, StoredFile, open_storage
 
 
 @dataclass(frozen=True)
@@ -43,151 +37,209 @@ class Document:
 
 
 class ShardReader:
-    """Reads any part of any document; for one thread, which must close it."""
+    """Opens the shards of a folder; for any number of threads."""
 
-    def __init__(self, index: ShardIndex) -> None:
+    def __init__(self, index: ShardIndex, storage: Storage) -> None:
         """Opens nothing yet."""
-        self.index = index
-        self._dtype = np.dtype(index.token_dtype).newbyteorder("<")
-        self._files: LeastRecent[int, int] = LeastRecent(OPEN_FILES, discard=os.close)
-        self._tables: LeastRecent[int, DocumentTable] = LeastRecent(KEPT_TABLES)
+        self.index, self.storage = index, storage
+        self._shards: LeastRecent[int, OpenShard] = LeastRecent(KEPT_SHARDS)
 
-    def close(self) -> None:
-        """Closes the files that are open."""
-        self._files.clear()
+    def shard(self, number: int) -> OpenShard:
+        """Returns a shard, its document table read.
 
-    def stream_tokens(self, shard: int) -> np.ndarray:
+        Raises:
+            DamagedDataError: the table is missing or not the one that was written.
+            StorageError: the storage does not answer.
+        """
+        return self._shards.get_or_make(
+            number, lambda: OpenShard(self.index, self.storage, self.index.shards[number])
+        )
+
+    def stream_tokens(self, number: int) -> np.ndarray:
         """Returns num_tokens + 1 of each document of a shard, int64 (num_documents,)."""
-        sizes: np.ndarray = self._table(shard).rows["num_tokens"] + 1
+        sizes: np.ndarray = self.shard(number).table.rows["num_tokens"] + 1
         return sizes
 
-    def tokens(self, shard: int, document: int, start: int, stop: int) -> np.ndarray:
+    def close(self) -> None:
+        """Lets the files go that are open."""
+        self._shards.clear()
+
+
+class OpenShard:
+    """Reads any part of any document of one shard; for any number of threads."""
+
+    def __init__(self, index: ShardIndex, storage: Storage, shard: Shard) -> None:
+        """Reads the document table; the tar is opened when it is first needed."""
+        self.table = load_table(index, storage, shard)
+        self._index, self._storage, self._shard = index, storage, shard
+        self._dtype = np.dtype(index.token_dtype).newbyteorder("<")
+        self._file: StoredFile | None = None
+        # Views, whose items are plain numbers: an item of an array costs ten times as much.
+        rows = self.table.rows
+        self.num_tokens = np.ascontiguousarray(rows["num_tokens"]).data
+        self._tokens_offset = np.ascontiguousarray(rows["tokens_offset"]).data
+        self._first_checksum = self.table.first_checksum.data
+        self._checksums = self.table.checksums.data
+
+    def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
         """Reads tokens [start, stop) of a document.
 
         Args:
-            shard: number of the shard.
-            document: row of its table.
+            document: row of the table.
             start: first token, >= 0.
             stop: one past the last, <= num_tokens of the document.
 
         Returns:
-            int64 (stop - start,).
+            The tokens as they are stored, uint16 or uint32 (stop - start,).
 
         Raises:
-            InputError: the file is missing or cut, or its bytes are not those written.
+            DamagedDataError: the file is missing or cut, or its bytes are not those written.
+            StorageError: the storage does not answer.
         """
         if start == stop:
-            return np.empty(0, dtype=np.int64)
-        table = self._table(shard)
-        row = table.rows[document]
+            return np.empty(0, dtype=self._dtype)
         # Whole checksum chunks around the range: at most two chunks more than asked for.
-        first_chunk, last_chunk = start // CHECKSUM_TOKENS, -(-stop // CHECKSUM_TOKENS)
-        first = first_chunk * CHECKSUM_TOKENS
-        last = min(last_chunk * CHECKSUM_TOKENS, int(row["num_tokens"]))
+        chunk = start // CHECKSUM_TOKENS
+        first = chunk * CHECKSUM_TOKENS
+        last = min(-(-stop // CHECKSUM_TOKENS) * CHECKSUM_TOKENS, self.num_tokens[document])
         itemsize = self._dtype.itemsize
-        offset = int(row["tokens_offset"]) + first * itemsize
-        contents = self._read(shard, document, offset, (last - first) * itemsize)
-        at = int(table.first_checksum[document])
-        expected = table.checksums[at + first_chunk : at + last_chunk]
-        if not np.array_equal(chunk_checksums(contents, itemsize), expected):
-            raise self._damaged(shard, document, "its tokens are not those written (checksum)")
-        stored = np.frombuffer(contents, dtype=self._dtype)
-        return stored[start - first : stop - first].astype(np.int64)
+        offset = self._tokens_offset[document] + first * itemsize
+        size = (last - first) * itemsize
+        contents = self._opened().pread(size, offset)
+        at = self._first_checksum[document] + chunk
+        if self._wrong(contents, size, at) and self._storage.distrust(self._shard.tar_name):
+            self._file = None  # the copy it was read from is gone
+            contents = self._opened().pread(size, offset)
+        wrong = self._wrong(contents, size, at)
+        if wrong:
+            raise self._damaged(f"document {document}: {wrong}")
+        return np.frombuffer(contents, self._dtype, stop - start, (start - first) * itemsize)
 
-    def metadata(self, shard: int, document: int) -> dict[str, Any]:
-        """Reads a document's id, domain, source, num_bytes and num_tokens; raises InputError."""
-        row = self._table(shard).rows[document]
+    def metadata(self, document: int) -> dict[str, Any]:
+        """Reads a document's id, domain, source, num_bytes and num_tokens.
+
+        Raises:
+            DamagedDataError: it cannot be read or contradicts the document table.
+            StorageError: the storage does not answer.
+        """
+        row = self.table.rows[document]
         offset = int(row["record_offset"]) + BLOCK_BYTES
-        contents = self._read(shard, document, offset, int(row["metadata_bytes"]))
+        contents = self._opened().pread(int(row["metadata_bytes"]), offset)
         try:
             metadata = json.loads(contents)
-            agrees = metadata["num_tokens"] == row["num_tokens"] and isinstance(metadata["id"], str)
-        except (ValueError, KeyError, TypeError) as error:
-            raise self._damaged(shard, document, "its metadata is not readable") from error
+            agrees = metadata["num_tokens"] == row["num_tokens"] and all(
+                isinstance(metadata[name], str) for name in ("id", "domain", "source")
+            )
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            what = f"document {document}: its metadata is not readable"
+            raise self._damaged(what) from error
         if not agrees:
-            raise self._damaged(shard, document, "its metadata contradicts the document table")
+            raise self._damaged(f"document {document}: its metadata contradicts the document table")
         found: dict[str, Any] = metadata
         return found
 
-    def _table(self, shard: int) -> DocumentTable:
-        return self._tables.get_or_make(shard, lambda: self._load_table(self.index.shards[shard]))
+    def _wrong(self, contents: bytes, size: int, at: int) -> str:
+        """Returns what is wrong with whole chunks of tokens, or an empty string."""
+        if len(contents) != size:
+            return f"the file ends {size - len(contents)} bytes too early"
+        step = CHECKSUM_TOKENS * self._dtype.itemsize
+        if size <= step:  # most documents: spares the slicing
+            sound = crc32(contents) == self._checksums[at]
+        else:
+            view = memoryview(contents)
+            sound = all(
+                crc32(view[begin : begin + step]) == self._checksums[at + begin // step]
+                for begin in range(0, size, step)
+            )
+        return "" if sound else "its tokens are not those written (checksum)"
 
-    def _load_table(self, shard: Shard) -> DocumentTable:
-        path = self.index.table_path(shard)
-        contents = _open_or_explain(path, self.index.folder, lambda: path.read_bytes())
-        if hashlib.sha256(contents).hexdigest() != shard.table_sha256:
-            raise damaged(path, self.index.folder, "not the document table that was written")
+    def _opened(self) -> StoredFile:
+        file = self._file
+        if file is None:
+            shard = self._shard
+            try:
+                file = self._storage.open(shard.tar_name, shard.tar_bytes, shard.tar_sha256)
+            except FileNotFoundError as error:
+                raise missing(self._index, self._storage.path(shard.tar_name)) from error
+            self._file = file
+        return file
+
+    def _damaged(self, what: str) -> DamagedDataError:
+        return damaged(self._index, self._storage.path(self._shard.tar_name), what)
+
+
+def load_table(index: ShardIndex, storage: Storage, shard: Shard) -> DocumentTable:
+    """Reads the document table of a shard.
+
+    Raises:
+        DamagedDataError: it is missing or not the one that was written.
+        StorageError: the storage does not answer.
+    """
+    path = storage.path(shard.table_name)
+    try:
+        contents = storage.read_bytes(shard.table_name)
+    except FileNotFoundError as error:
+        raise missing(index, path) from error
+    if hashlib.sha256(contents).digest() != shard.table_sha256:
+        raise damaged(index, path, "not the document table that was written")
+    try:
         table = decode_table(contents)
-        if len(table.rows) != shard.num_documents:
-            raise damaged(path, self.index.folder, f"has {len(table.rows)} documents")
-        return table
-
-    def _read(self, shard: int, document: int, offset: int, size: int) -> bytes:
-        path = self.index.tar_path(self.index.shards[shard])
-        folder = self.index.folder
-        descriptor = self._files.get_or_make(
-            shard, lambda: _open_or_explain(path, folder, lambda: os.open(path, os.O_RDONLY))
-        )
-        parts: list[bytes] = []
-        missing = size
-        while missing:
-            part = os.pread(descriptor, missing, offset + size - missing)
-            if not part:
-                raise self._damaged(shard, document, f"the file ends {missing} bytes too early")
-            parts.append(part)
-            missing -= len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def _damaged(self, shard: int, document: int, what: str) -> InputError:
-        path = self.index.tar_path(self.index.shards[shard])
-        return damaged(path, self.index.folder, f"document {document}: {what}")
+    except ValueError as error:
+        raise damaged(index, path, f"no document table ({error})") from error
+    found = (len(table.rows), table.rows["num_tokens"].sum())
+    if found != (shard.num_documents, shard.num_tokens):
+        raise damaged(index, path, "disagrees with the index on its documents and tokens")
+    return table
 
 
-def open_documents(folder: str | Path, max_documents: int = 0) -> Iterator[Document]:
+def open_documents(
+    location: Location, max_documents: int = 0, options: StorageOptions | None = None
+) -> Iterator[Document]:
     """Yields the documents of a shard folder in shard order.
 
     Args:
-        folder: shard folder.
+        location: shard folder.
         max_documents: stop after this many; 0 means all.
+        options: how to read the folder; None: with the usual patience.
 
     Raises:
         InputError: no finished shard folder, or a damaged shard.
+        StorageError: the storage does not answer.
     """
-    reader = ShardReader(read_index(folder))
+    storage = open_storage(location, options)
+    reader = ShardReader(read_index(location, storage), storage)
     left = max_documents or reader.index.num_documents
-    try:
-        for shard, entry in enumerate(reader.index.shards):
-            for document in range(min(entry.num_documents, left)):
-                yield read_document(reader, shard, document)
-            left -= min(entry.num_documents, left)
-    finally:
-        reader.close()
+    for entry in reader.index.shards:
+        if not left:
+            return
+        shard = reader.shard(entry.number)
+        for document in range(min(entry.num_documents, left)):
+            yield read_document(shard, document)
+        left -= min(entry.num_documents, left)
 
 
-def read_document(reader: ShardReader, shard: int, document: int) -> Document:
-    """Reads a whole document; raises InputError where it is damaged."""
-    metadata = reader.metadata(shard, document)
+def read_document(shard: OpenShard, document: int) -> Document:
+    """Reads a whole document; raises DamagedDataError where it is damaged."""
+    metadata = shard.metadata(document)
     return Document(
         id=metadata["id"],
         domain=metadata["domain"],
         source=metadata["source"],
         num_bytes=metadata["num_bytes"],
-        tokens_T=reader.tokens(shard, document, 0, metadata["num_tokens"]),
+        tokens_T=shard.tokens(document, 0, metadata["num_tokens"]).astype(np.int64),
     )
 
 
-def damaged(path: Path, folder: Path, what: str) -> InputError:
+def damaged(index: ShardIndex, path: str, what: str) -> DamagedDataError:
     """Returns the error for a file that is not as it was written."""
-    return InputError(
-        f"{path}: damaged, {what}; see `megadlcm data verify {folder}` and prepare it again"
+    return DamagedDataError(
+        f"{path}: damaged, {what}; see `megadlcm data verify {index.location}` and prepare it again"
     )
 
 
-def _open_or_explain(path: Path, folder: Path, read: Callable[[], Result]) -> Result:
-    try:
-        return read()
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{path}: missing, but {folder}/index.json lists it; bring it back or prepare "
-            f"{folder} again"
-        ) from error
+def missing(index: ShardIndex, path: str) -> DamagedDataError:
+    """Returns the error for a file that the index lists and the folder lacks."""
+    return DamagedDataError(
+        f"{path}: missing, but {index.location}/index.json lists it; bring it back or prepare "
+        f"{index.location} again"
+    )

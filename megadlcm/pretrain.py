@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from data_pipeline.errors import InputError
-from data_pipeline.index import read_index
+from data_pipeline.errors import InputError, StorageError
 from data_pipeline.loader import StepLoader
 from data_pipeline.output_folder import make_output_folder
-from data_pipeline.samples import SourceSummary, check_sources
-from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.phases import Phase, first_phase
+from data_pipeline.samples import SampleReader
+from data_pipeline.sources import SourceSummary, open_sources
 from megadlcm.config import RunConfig
 from megadlcm.model.language_model import attention_backend
 from megadlcm.parallel.liveness import doing, report_failure
@@ -30,10 +28,13 @@ from megadlcm.parallel.mesh import (
     launch_environment,
 )
 from megadlcm.parallel.partition import build_stage_model, make_partition
+from megadlcm.parallel.stages import cut_chunks
 from megadlcm.training.checkpoint import resume
 from megadlcm.training.engine import build_engine
 from megadlcm.training.metrics import MetricsWriter
+from megadlcm.training.replica_loader import ReplicaLoader
 from megadlcm.training.run_folder import prepare_run_folder
+from megadlcm.training.skipped import SkippedRecord
 from megadlcm.training.state import TrainState
 from megadlcm.training.step import NonFiniteError
 from megadlcm.training.trainer import Trainer, TrainingData
@@ -70,7 +71,7 @@ def run(config: RunConfig) -> int:
             _announce(trainer, sources.train_tokens)
             trainer.fit()
         return 0
-    except NonFiniteError as error:
+    except (NonFiniteError, StorageError) as error:
         _leave_others(error)
         logger.error("%s", error)
         print(f"error: {error}", file=sys.stderr)
@@ -100,25 +101,51 @@ def _leave_others(error: Exception) -> str | None:
     return explained
 
 
-def open_loader(config: RunConfig, mesh: ParallelMesh, start_sample: int = 0) -> StepLoader:
-    """Opens this replica's share of the data.
+def fresh_state(config: RunConfig) -> TrainState:
+    """Returns the counters of a run that has not begun.
+
+    Args:
+        config: the run; the indexes of its train sources are read.
+
+    Returns:
+        The counters; the data is in its first phase.
+    """
+    return TrainState(data_phases=[first_phase(config.data).to_dict()])
+
+
+def open_loader(
+    config: RunConfig, mesh: ParallelMesh, state: TrainState | None = None
+) -> ReplicaLoader:
+    """Opens this process's part of the data.
 
     Args:
         config: the run.
         mesh: ranks of this process.
-        start_sample: first sample of the next step.
+        state: where the run stands; None: at its beginning.
 
     Returns:
         The loader; to be closed.
     """
-    return StepLoader(
-        config.data,
-        global_batch_size=config.training.global_batch_size,
-        micro_batch_size=config.training.micro_batch_size,
-        data_parallel_rank=mesh.data_parallel_rank,
-        data_parallel_size=mesh.data_parallel_size,
-        start_sample=start_sample,
+    state = state or TrainState()
+    parallel, loader = config.parallel, None
+    if mesh.reads_data:
+        phase = Phase.from_dict(state.data_phases[-1]) if state.data_phases else None
+        loader = StepLoader(
+            config.data,
+            global_batch_size=config.training.global_batch_size,
+            micro_batch_size=config.training.micro_batch_size,
+            data_parallel_rank=mesh.data_parallel_rank,
+            data_parallel_size=mesh.data_parallel_size,
+            start_sample=state.consumed_samples,
+            reader=SampleReader(config.data, phase=phase),
+        )
+    chunks = cut_chunks(
+        config.model,
+        config.data.seq_len,
+        parallel.pipeline_parallel_size,
+        parallel.pipeline_placement,
     )
+    return ReplicaLoader(loader, mesh, config.data.seq_len, chunks[0].stage, chunks[-1].stage)
 
 
 @contextlib.contextmanager
@@ -141,13 +168,14 @@ def open_trainer(config: RunConfig, mesh: ParallelMesh) -> Iterator[Trainer]:
     model = build_stage_model(config, mesh, partition)
     with doing("start of the engine", computes=True):  # broadcasts parameters
         engine = build_engine(model, config, mesh, partition)
-    identity = data_identity(config)
-    resumed = resume(engine, config, identity)
-    state = resumed or TrainState()
+    resumed = resume(engine, config)
+    state = resumed or fresh_state(config)
     if mesh.is_writer:
         prepare_run_folder(config, resumed is not None)
+    skipped = SkippedRecord(config, mesh)
+    skipped.agree_on_shards()
     with contextlib.ExitStack() as stack:
-        loader = open_loader(config, mesh, state.consumed_samples)
+        loader = open_loader(config, mesh, state)
         stack.callback(loader.close)
         metrics = None
         if mesh.is_writer:
@@ -155,7 +183,7 @@ def open_trainer(config: RunConfig, mesh: ParallelMesh) -> Iterator[Trainer]:
                 Path(config.output_dir), state.step + 1, config.logging.tensorboard
             )
             stack.callback(metrics.close)
-        data = TrainingData(loader, load_tokenizer(sources.tokenizer), identity)
+        data = TrainingData(loader, sources.tokenizer, skipped)
         yield Trainer(engine, config, state, data, metrics)
 
 
@@ -169,6 +197,13 @@ def _announce(trainer: Trainer, epoch_tokens: int) -> None:
         f"{start} to step {trainer.train_steps}, run folder {config.output_dir}"
     )
     epochs = config.total_steps * config.step_tokens / epoch_tokens
+    last = trainer.state.data_phases[-1]
+    if trainer.state.step and last["first_sample"] == trainer.state.consumed_samples:
+        names = ", ".join(f"{source['name']} {source['weight']:g}" for source in last["sources"])
+        trainer.progress.say(
+            f"data phase {len(trainer.state.data_phases)} begins at sample "
+            f"{last['first_sample']}: {names}"
+        )
     trainer.progress.say(
         f"training data: {epoch_tokens:,} tokens an epoch, {epochs:,.2f} epochs in the whole run"
     )
@@ -193,7 +228,7 @@ def check_training_sources(config: RunConfig) -> SourceSummary:
             "data.train = [] has no source; give at least one, as in "
             '"data.train=[{path: SHARD_FOLDER}]"'
         )
-    return check_sources(config.data, config.model.vocab_size)
+    return open_sources(config.data, config.model.vocab_size)
 
 
 def check_launch(config: RunConfig) -> None:
@@ -215,17 +250,6 @@ def check_launch(config: RunConfig) -> None:
         attention_backend(config.model, device, dtype)
     except ValueError as error:
         raise InputError(str(error)) from error
-
-
-def data_identity(config: RunConfig) -> list[Any]:
-    """Says what the training data is, apart from where it lies."""
-    identity = []
-    for source in config.data.train:
-        index = read_index(source.path)
-        contents = "".join(shard.tar_sha256 for shard in index.shards)
-        digest = hashlib.sha256(contents.encode()).hexdigest()
-        identity.append([index.num_documents, index.num_tokens, index.tokenizer_sha256, digest])
-    return identity
 
 
 def configure_logging(config: RunConfig, mesh: ParallelMesh) -> logging.Handler:

@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_pipeline.tokenizer import load_tokenizer
 from megadlcm import pretrain
 from megadlcm.config import RunConfig
 from megadlcm.model import build_model
@@ -64,7 +63,7 @@ def run_steps(
     """Runs steps as the trainer does, apart from schedule and calibration."""
     step, steps = TrainStep(engine, config), []
     with contextlib.closing(
-        pretrain.open_loader(config, engine.mesh, state.consumed_samples)
+        pretrain.open_loader(config, engine.mesh, state)
     ) as loader:
         for _ in range(count):
             batch = next(loader)
@@ -170,16 +169,16 @@ def bad_loss_on_the_last_rank(config: RunConfig) -> tuple[str, list[str]]:
 
 def save_and_go_on(config: RunConfig) -> LayoutStep:
     """Saves a checkpoint after `SAVED_STEPS` steps; the step after it, uninterrupted."""
-    engine, state = tiny_engine(config), TrainState()
+    engine, state = tiny_engine(config), pretrain.fresh_state(config)
     run_steps(engine, config, state, SAVED_STEPS)
-    save_checkpoint(engine, config, state, pretrain.data_identity(config))
+    save_checkpoint(engine, config, state)
     return run_steps(engine, config, state, 1)[0]
 
 
 def start_again(config: RunConfig) -> Start:
     """Resumes from the run folder; tensors are on rank 0 only."""
     engine = tiny_engine(config)
-    state = resume(engine, config, pretrain.data_identity(config))
+    state = resume(engine, config)
     assert state is not None
     model, optimizer = tensors.read_model(engine), tensors.read_optimizer(engine)
     resumed = TrainState.from_dict(state.to_dict())
@@ -189,7 +188,7 @@ def start_again(config: RunConfig) -> Start:
 def evaluation_row(config: RunConfig) -> dict[str, Any]:
     """The evaluation of the fresh model of a run."""
     engine = tiny_engine(config)
-    eos_id = load_tokenizer(pretrain.check_training_sources(config).tokenizer).eos_id
+    eos_id = pretrain.check_training_sources(config).tokenizer.eos_id
     evaluator = Evaluator(config, engine.mesh, eos_id)
     with engine.whole_model() as model:
         return evaluator.run(model, engine.pipeline.outputs)

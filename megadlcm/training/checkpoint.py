@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data_pipeline.errors import InputError
+from data_pipeline.phases import Phase, next_phases
 from megadlcm.config import RunConfig, config_from_dict, config_to_dict
 from megadlcm.model import LanguageModel, build_model
 from megadlcm.training import checkpoint_folder, tensors
@@ -38,7 +39,6 @@ CHECKPOINTS = "checkpoints"
 _FIXED_SECTIONS = ("model", "mup")
 _FIXED_KEYS = (
     "seed",
-    "data.train",
     "data.seq_len",
     "data.seed",
     "data.shuffle_block",
@@ -49,16 +49,13 @@ _FIXED_KEYS = (
 _FREE_MODEL_KEYS = ("model.attention_backend",)
 
 
-def save_checkpoint(
-    engine: TrainingEngine, config: RunConfig, state: TrainState, data_identity: list[Any]
-) -> Path:
+def save_checkpoint(engine: TrainingEngine, config: RunConfig, state: TrainState) -> Path:
     """Commits a checkpoint of the step just completed and prunes older ones; collective.
 
     Args:
         engine: the engine.
         config: the resolved run.
         state: counters.
-        data_identity: what the training data was, compared on resume.
 
     Returns:
         The folder.
@@ -71,7 +68,6 @@ def save_checkpoint(
         description = {
             "train_state": state.to_dict(),
             "config": config_to_dict(config),
-            "data_identity": data_identity,
             "layout": {
                 "world_size": engine.mesh.world_size,
                 "zero_stage": engine.zero_stage,
@@ -97,9 +93,7 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
-def resume(
-    engine: TrainingEngine, config: RunConfig, data_identity: list[Any]
-) -> TrainState | None:
+def resume(engine: TrainingEngine, config: RunConfig) -> TrainState | None:
     """Continues from the newest complete, verified checkpoint of the run folder; collective.
 
     Rank 0 decides which one that is.
@@ -107,7 +101,6 @@ def resume(
     Args:
         engine: a fresh engine.
         config: the resolved run.
-        data_identity: what the training data is.
 
     Returns:
         Counters with `restart_count` one higher; None for a fresh run.
@@ -125,11 +118,12 @@ def resume(
     if path is None:
         return None
     description = read_description(path)
-    check_continuable(description, config, data_identity, path)
+    check_continuable(description, config, path)
     tensors.write_model(engine, load_file(path / MODEL_FILE))
     tensors.write_optimizer(engine, load_file(path / OPTIMIZER_FILE))
     state = TrainState.from_dict(description["train_state"])
     state.restart_count += 1
+    state.data_phases = _phases_now(state, config, path)
     logger.info("resumed from %s (step %d, start %d)", path, state.step, state.restart_count + 1)
     return state
 
@@ -140,15 +134,12 @@ def read_description(path: Path) -> dict[str, Any]:
     return description
 
 
-def check_continuable(
-    description: dict[str, Any], config: RunConfig, data_identity: list[Any], path: Path
-) -> None:
+def check_continuable(description: dict[str, Any], config: RunConfig, path: Path) -> None:
     """Refuses a config that the checkpoint cannot continue; other changes are logged.
 
     Args:
         description: `state.json` of the checkpoint.
         config: the config of this start.
-        data_identity: what the training data is now.
         path: the checkpoint, for the message.
 
     Raises:
@@ -157,21 +148,33 @@ def check_continuable(
     saved, now = _flat(description["config"]), _flat(config_to_dict(config))
     changed = sorted(key for key in saved.keys() | now.keys() if saved.get(key) != now.get(key))
     forbidden = [key for key in changed if _is_fixed(key)]
-    if description["data_identity"] != data_identity and "data.train" not in forbidden:
-        forbidden.append("data.train")
     if forbidden:
         listed = ", ".join(
             f"{key} ({saved.get(key, 'absent')!r} -> {now.get(key, 'absent')!r})"
-            if saved.get(key) != now.get(key)
-            else f"{key} (the shards changed)"
             for key in forbidden
         )
         raise InputError(
             f"output_dir = {config.output_dir}: its checkpoint {path.name} was made with another "
             f"{listed}; a resumed run cannot change that: set it back, or choose a new output_dir"
         )
+    _phases_now(TrainState.from_dict(description["train_state"]), config, path)
     for key in changed:
         logger.info("config change on resume: %s: %r -> %r", key, saved.get(key), now.get(key))
+
+
+def _phases_now(state: TrainState, config: RunConfig, path: Path) -> list[dict[str, Any]]:
+    """Returns the data phases of a resumed run; raises InputError where its data has changed."""
+    if not state.data_phases:
+        raise InputError(
+            f"output_dir = {config.output_dir}: its checkpoint {path.name} was made by an earlier "
+            "version, whose data came in another order; choose a new output_dir"
+        )
+    earlier = [Phase.from_dict(phase) for phase in state.data_phases]
+    try:
+        phases = next_phases(earlier, config.data, state.consumed_samples)
+    except InputError as error:
+        raise InputError(f"output_dir = {config.output_dir}: {error}") from error
+    return [phase.to_dict() for phase in phases]
 
 
 def _is_fixed(key: str) -> bool:
@@ -185,7 +188,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         name = prefix + key
         if isinstance(value, Mapping):
             flat |= _flat(value, name + ".")
-        elif name == "data.train":  # a folder may move; what is in it is data_identity
+        elif name == "data.train":  # a folder may move; what is in it is in the data phases
             flat[name] = [source["weight"] for source in value]
         else:
             flat[name] = value

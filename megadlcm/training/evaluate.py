@@ -105,7 +105,9 @@ class Evaluator:
         self.documents = [
             document
             for source in config.data.valid
-            for document in open_documents(source.path, config.evaluation.max_documents)
+            for document in open_documents(
+                source.path, config.evaluation.max_documents, config.data.storage
+            )
         ]
         self.domains = sorted({document.domain for document in self.documents})
 

@@ -103,6 +103,7 @@ def step_row(
         "step": state.step,
         "consumed_samples": state.consumed_samples,
         "consumed_tokens": state.consumed_tokens,
+        "skipped_tokens": state.skipped_tokens,
         "loss": result.summary.loss,
         **concept_entries(result.summary, config),
         "grad_norm": result.grad_norm,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 
@@ -16,6 +16,10 @@ class TrainState:
     """Samples of the global order that were trained; the next step starts with this one."""
     consumed_tokens: int = 0
     """Tokens that were trained."""
+    skipped_tokens: int = 0
+    """Tokens of those samples that were left out because their bytes were damaged."""
+    data_phases: list[dict[str, Any]] = field(default_factory=list)
+    """Which sources the samples come from, and from which sample on; see data_pipeline.phases."""
     restart_count: int = 0
     """How often the run was resumed from a checkpoint."""
     previous_boundary_fraction: float | None = None

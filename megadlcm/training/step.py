@@ -69,7 +69,13 @@ def to_device(
 
 
 def global_batch_digest(engine: TrainingEngine, batch: StepBatch) -> str:
-    """Digest of sample ids and tokens of the global batch, the same for every layout."""
+    """Digest of sample ids and tokens of the global batch, the same for every layout.
+
+    Known to the processes that read the data, one of each replica; collective among them. Empty on
+    others.
+    """
+    if not engine.mesh.reads_data:
+        return ""
     gathered = engine.mesh.gather_over_data_parallel(tuple(batch.sample_digests))
     return batch_digest([digest for digests in gathered for digest in digests])
 

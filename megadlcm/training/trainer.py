@@ -6,10 +6,8 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from data_pipeline.batch import StepBatch
-from data_pipeline.loader import StepLoader
 from data_pipeline.tokenizer import Tokenizer
 from megadlcm.config import RunConfig
 from megadlcm.model import LanguageModel
@@ -21,12 +19,14 @@ from megadlcm.training.engine import TrainingEngine
 from megadlcm.training.evaluate import Evaluator
 from megadlcm.training.metrics import MetricsWriter, step_row
 from megadlcm.training.progress import ProgressReport
+from megadlcm.training.replica_loader import ReplicaLoader
 from megadlcm.training.samples import choose_documents, marked_text, text_batch
 from megadlcm.training.schedule import (
     apply_learning_rates,
     learning_rate_factor,
     learning_rates,
 )
+from megadlcm.training.skipped import SkippedRecord
 from megadlcm.training.state import TrainState
 from megadlcm.training.step import (
     StepResult,
@@ -47,12 +47,12 @@ logger = logging.getLogger(__name__)
 class TrainingData:
     """What the trainer reads and what it knows of it."""
 
-    loader: StepLoader
-    """This replica's share of each step."""
+    loader: ReplicaLoader
+    """This process's part of each step."""
     tokenizer: Tokenizer
     """For sample texts."""
-    identity: list[Any]
-    """What the training data is, compared on resume."""
+    skipped: SkippedRecord
+    """Keeps what is left out of the samples."""
 
 
 class Trainer:
@@ -118,6 +118,7 @@ class Trainer:
         data_seconds = time.perf_counter() - started
         state, config = self.state, self.config
         assert batch.first_sample == state.consumed_samples
+        self.data.skipped.add(batch, state)
         if state.step == 0:
             self._calibrate(batch)
         factor = learning_rate_factor(config.schedule, state.step, self.train_steps)
@@ -224,7 +225,7 @@ class Trainer:
         arrive(f"checkpoint of step {self.state.step}")
         if self.metrics is not None:
             self.metrics.flush()
-        folder = save_checkpoint(self.engine, self.config, self.state, self.data.identity)
+        folder = save_checkpoint(self.engine, self.config, self.state)
         self._saved_step = self.state.step
         logger.info("saved %s", folder)
 

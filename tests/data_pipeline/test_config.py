@@ -22,7 +22,17 @@ def test_a_weight_that_is_no_share_is_refused(weight: float) -> None:
     one_line(error)
 
 
-@pytest.mark.parametrize("key", ["seq_len", "shuffle_block", "prefetch_steps"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "seq_len",
+        "shuffle_block",
+        "prefetch_steps",
+        "reader_threads",
+        "read_attempts",
+        "cache_bytes",
+    ],
+)
 def test_counts_must_be_positive(key: str) -> None:
     """Each message names its key."""
     with pytest.raises(InputError, match=rf"data\.{key} = 0, must be >= 1"):
@@ -38,6 +48,13 @@ def test_names_of_sources_differ_and_default_to_the_path() -> None:
         DataConfig(valid=(SourceConfig("a", name="web"), SourceConfig("b", name="web")))
     with pytest.raises(InputError, match="seed"):
         DataConfig(seed=-1)
+    with pytest.raises(InputError, match=r"data\.on_damage = 'ignore', must be one of stop, skip"):
+        DataConfig(on_damage="ignore")
+    with pytest.raises(InputError, match="max_skipped_tokens = -1"):
+        DataConfig(max_skipped_tokens=-1)
+    for seconds in (0.0, float("nan"), float("inf")):
+        with pytest.raises(InputError, match="timeout_seconds"):
+            DataConfig(timeout_seconds=seconds)
     with pytest.raises(InputError, match="path is empty"):
         SourceConfig("")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -13,8 +14,10 @@ import pytest
 from data_pipeline import open_samples
 from data_pipeline.batch import StepBatch, batch_digest, sample_digest
 from data_pipeline.config import DataConfig, SourceConfig
-from data_pipeline.errors import InputError
+from data_pipeline.errors import InputError, StorageError
 from data_pipeline.loader import StepLoader
+from data_pipeline.packing import Window
+from data_pipeline.samples import SampleReader
 from tests.tiny_shards import config_of, one_line
 
 MakeNumbered = Callable[..., SourceConfig]
@@ -81,7 +84,9 @@ def test_a_step_holds_the_samples_of_the_stream(make_numbered: MakeNumbered) -> 
     assert step[0].first_sample == 11
     batches = [batch for rank in step for batch in rank.micro_batches]
     assert [number for batch in batches for number in batch.sample_ids] == list(range(11, 19))
-    assert digest(step) == batch_digest(sample_digest(sample) for sample in samples)
+    assert digest(step) == batch_digest(
+        sample_digest(sample.index, sample.tokens_T) for sample in samples
+    )
     tokens, labels, index = global_tokens(step)
     assert np.array_equal(tokens, np.concatenate([sample.tokens_T for sample in samples]))
     assert np.array_equal(labels, np.concatenate([sample.labels_T for sample in samples]))
@@ -101,7 +106,7 @@ def test_the_digest_is_the_documented_one(make_numbered: MakeNumbered) -> None:
         int(token).to_bytes(4, "little") for token in sample.tokens_T
     )
     single = hashlib.sha256(contents).digest()
-    assert sample_digest(sample) == single
+    assert sample_digest(sample.index, sample.tokens_T) == single
     assert batch_digest([single, single]) == hashlib.sha256(single + single).hexdigest()
 
 
@@ -128,17 +133,79 @@ def test_an_error_of_the_reading_thread_reaches_the_caller(make_numbered: MakeNu
     loader.close()
 
 
-def test_close_ends_the_thread_and_the_iteration(make_numbered: MakeNumbered) -> None:
-    """Also while the thread waits with a full queue; closing twice is harmless."""
+@pytest.mark.parametrize("reader_threads", [1, 3])
+def test_close_ends_the_threads_and_the_iteration(
+    reader_threads: int, make_numbered: MakeNumbered
+) -> None:
+    """Also while they wait with all read ahead; closing twice is harmless."""
     before = threading.active_count()
-    loader = StepLoader(config_of(make_numbered(LENGTHS)), global_batch_size=2, micro_batch_size=1)
+    data = config_of(make_numbered(LENGTHS), reader_threads=reader_threads)
+    loader = StepLoader(data, global_batch_size=2, micro_batch_size=1)
     next(loader)
-    assert threading.active_count() == before + 1
+    assert threading.active_count() == before + reader_threads
     loader.close()
     loader.close()
     assert threading.active_count() == before
     with pytest.raises(StopIteration):
         next(loader)
+
+
+@pytest.mark.parametrize("reader_threads", [1, 2, 5])
+def test_the_number_of_threads_changes_nothing(
+    reader_threads: int, make_numbered: MakeNumbered
+) -> None:
+    """Steps come in order, whoever read them first."""
+    source = make_numbered(LENGTHS, shard_tokens=20)
+    expected = read_steps(config_of(source, reader_threads=1, prefetch_steps=1), 1, 2, 9)
+    found = read_steps(config_of(source, reader_threads=reader_threads), 1, 2, 9)
+    assert [digest(step) for step in found] == [digest(step) for step in expected]
+    assert [step[0].first_sample for step in found] == list(range(0, 72, 8))
+
+
+def test_no_more_is_read_ahead_than_asked_for(make_numbered: MakeNumbered) -> None:
+    """Memory is bounded by data.prefetch_steps."""
+    data = config_of(make_numbered(LENGTHS), prefetch_steps=2, reader_threads=3)
+    reader = SampleReader(data)
+    numbers: list[int] = []
+    sound = reader.window
+
+    def counted(number: int, with_ids: bool = False) -> Window:
+        numbers.append(number)
+        return sound(number, with_ids)
+
+    reader.window = counted  # type: ignore[method-assign]
+    loader = StepLoader(data, global_batch_size=4, micro_batch_size=2, reader=reader)
+    next(loader)
+    while len(numbers) < 12:  # the step that was taken, and two more
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert sorted(numbers) == list(range(12))
+    loader.close()
+
+
+def test_storage_that_never_answers_ends_the_wait(
+    make_numbered: MakeNumbered, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the name of the shard; closing does not wait for it either."""
+    monkeypatch.setattr("data_pipeline.loader.SAY_SECONDS", 0.05)
+    monkeypatch.setattr("data_pipeline.loader.CLOSE_SECONDS", 0.05)
+    release = threading.Event()
+
+    def stuck(*_: object) -> bytes:
+        release.wait(60)
+        return b""
+
+    monkeypatch.setattr("data_pipeline.storage.os.pread", stuck)
+    data = config_of(make_numbered(LENGTHS), timeout_seconds=0.3)
+    loader = StepLoader(data, global_batch_size=2, micro_batch_size=1)
+    with pytest.raises(StorageError, match=r"no data for 0\.3 s, .*shard-0.*\.tar") as error:
+        next(loader)
+    one_line(error)
+    assert "waiting for data, still reading" in caplog.text
+    with pytest.raises(StorageError):
+        next(loader)
+    loader.close()
+    release.set()
 
 
 def test_sizes_that_do_not_divide_are_refused(make_numbered: MakeNumbered) -> None:

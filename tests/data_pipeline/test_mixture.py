@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.config import SourceConfig
 from data_pipeline.errors import InputError
-from data_pipeline.mixture import MAX_PERIOD, Mixture, source_quotas
+from data_pipeline.mixture import MAX_PERIOD, SPREAD, Mixture, source_quotas
 from tests.tiny_shards import one_line
 
 
@@ -94,6 +95,38 @@ def test_the_order_inside_a_period_changes_from_period_to_period() -> None:
     ]
     assert len(set(periods)) > 1
     assert periods[0] != tuple(other.turn(offset).source for offset in range(10))
+
+
+@given(quotas=st.lists(st.integers(1, 400), min_size=2, max_size=5), seed=st.integers(0, 9))
+def test_any_stretch_of_samples_is_near_its_shares(quotas: list[int], seed: int) -> None:
+    """Not only whole periods: a source is never more than a few samples ahead or behind."""
+    mixture = Mixture(quotas, seed)
+    sources = np.array([mixture.turn(sample).source for sample in range(2 * mixture.period)])
+    for source, quota in enumerate(quotas):
+        given_so_far = np.concatenate(([0], np.cumsum(sources == source)))
+        lead = given_so_far - np.arange(len(sources) + 1) * quota / mixture.period
+        # len(quotas) from the even spacing, SPREAD / 4 + what a shuffle of SPREAD places can do
+        assert np.abs(lead).max() <= len(quotas) + SPREAD / 4
+        assert lead[mixture.period] == 0
+
+
+def test_a_period_shuffled_as_a_whole_strays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control of the bound above."""
+    monkeypatch.setattr("data_pipeline.mixture.SPREAD", MAX_PERIOD)
+    mixture = Mixture((2000, 2000), 0)
+    sources = np.array([mixture.turn(sample).source for sample in range(4000)])
+    lead = np.cumsum(sources == 0) - np.arange(1, 4001) / 2
+    assert np.abs(lead).max() > 2 + SPREAD / 4
+
+
+@pytest.mark.parametrize("quotas", [(3, 1, 2), (100, 57), (5,)])
+def test_counts_are_those_of_counting(quotas: tuple[int, ...]) -> None:
+    """At every number of samples over two periods."""
+    mixture = Mixture(quotas, seed=1)
+    counted = [0] * len(quotas)
+    for sample in range(2 * mixture.period + 1):
+        assert mixture.counts(sample) == counted
+        counted[mixture.turn(sample).source] += 1
 
 
 def test_weights_sum_to_the_shares_they_promise() -> None:

@@ -18,7 +18,7 @@ from data_pipeline import open_samples, order, packing
 from data_pipeline.batch import Sample
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.errors import InputError
-from data_pipeline.samples import check_sources
+from data_pipeline.sources import check_sources
 from tests.tiny_shards import EOS, NUMBERED_VOCAB, config_of, one_line, write_numbered_folder
 
 MakeNumbered = Callable[..., SourceConfig]
@@ -127,27 +127,22 @@ def test_a_packer_with_a_fault_is_caught(
 ) -> None:
     """Negative control: the faults that a packer of cut documents is prone to."""
     data = config_of(make_numbered(LENGTHS))
-    sound = packing.join_pieces
+    sound = packing.make_sample
 
-    def broken(
-        index: int,
-        source: str,
-        epoch: int,
-        pieces: Sequence[packing.Piece],
-        document_ids: Sequence[str],
-    ) -> Sample:
-        changed = list(pieces)
+    def broken(window: packing.Window) -> Sample:
+        eos = np.array([EOS], dtype="<u2")
         if fault == "label at the cut":
-            labels = changed[-1].labels_T.copy()
-            labels[-1] = EOS
-            changed[-1] = packing.Piece(changed[-1].tokens_T, labels)
+            last = window.labels[-1]
+            window.labels[-1] = np.concatenate((last[:-1], eos))
         elif fault == "document start":
-            changed[0] = packing.Piece(changed[0].tokens_T[1:], changed[0].labels_T[1:])
+            window.inputs[0], window.labels[0] = window.inputs[0][1:], window.labels[0][1:]
+            window.lengths[0] -= 1
         else:
-            changed.reverse()
-        return sound(index, source, epoch, changed, document_ids)
+            window.lengths.reverse()
+            window.document_ids.reverse()
+        return sound(window)
 
-    monkeypatch.setattr("data_pipeline.samples.join_pieces", broken)
+    monkeypatch.setattr("data_pipeline.samples.make_sample", broken)
     with pytest.raises(AssertionError):
         assert_trained_once(epoch_of(data), LENGTHS)
 
@@ -294,8 +289,8 @@ def test_another_tokenizer_than_the_shards_have_is_refused(
     (tmp_path / "other.json").write_bytes(contents + b"\n")
     source = SourceConfig(str(folder))
     summary = check_sources(config_of(source, tokenizer=str(tmp_path / "same.json")), 300)
-    assert summary.tokenizer == tmp_path / "same.json"
-    assert check_sources(config_of(source), 300).tokenizer == folder / "tokenizer.json"
+    assert summary.tokenizer.contents == contents
+    assert check_sources(config_of(source), 300).tokenizer.path == folder / "tokenizer.json"
     with pytest.raises(InputError, match=r"data\.tokenizer") as error:
         check_sources(config_of(source, tokenizer=str(tmp_path / "other.json")), 300)
     one_line(error)

@@ -13,10 +13,12 @@ import pytest
 
 from data_pipeline import open_samples, read_index
 from data_pipeline.config import SourceConfig
-from data_pipeline.errors import InputError
+from data_pipeline.errors import DamagedDataError, InputError
+from data_pipeline.index import Shard, ShardIndex
 from data_pipeline.records import CHECKSUM_TOKENS, decode_table
-from data_pipeline.samples import check_sources
 from data_pipeline.shards import ShardReader, open_documents
+from data_pipeline.sources import check_sources
+from data_pipeline.storage import open_storage
 from data_pipeline.verify import verify_folder
 from tests.tiny_shards import NUMBERED_VOCAB, config_of, numbered_documents, one_line
 
@@ -32,6 +34,22 @@ def source(make_numbered: MakeNumbered) -> Iterator[SourceConfig]:
     check_sources(config_of(source), NUMBERED_VOCAB)
     assert len(read_index(source.path).shards) >= 3
     yield source
+
+
+def tar_path(index: ShardIndex, shard: Shard) -> Path:
+    """Path of a shard's tar file."""
+    return Path(index.location) / shard.tar_name
+
+
+def table_path(index: ShardIndex, shard: Shard) -> Path:
+    """Path of a shard's document table."""
+    return Path(index.location) / shard.table_name
+
+
+def reader_of(source: SourceConfig) -> ShardReader:
+    """A reader of a folder."""
+    storage = open_storage(source.path)
+    return ShardReader(read_index(source.path, storage), storage)
 
 
 def read_all(source: SourceConfig) -> None:
@@ -51,7 +69,7 @@ def damage(source: SourceConfig, kind: str) -> Path:
     """Damages the second shard in one of the ways below and returns the file."""
     index = read_index(source.path)
     shard = index.shards[1]
-    tar, table = index.tar_path(shard), index.table_path(shard)
+    tar, table = tar_path(index, shard), table_path(index, shard)
     rows = decode_table(table.read_bytes()).rows
     if kind == "missing shard":
         tar.unlink()
@@ -157,9 +175,10 @@ def test_verify_reports_every_problem(source: SourceConfig) -> None:
     """Not only the first one."""
     index = read_index(source.path)
     damage(source, "flipped token")
-    index.tar_path(index.shards[0]).unlink()
-    (index.folder / "tokenizer.json").write_bytes(b"another")
-    (index.folder / "shard-000077.tar").write_bytes(b"")
+    folder = Path(index.location)
+    tar_path(index, index.shards[0]).unlink()
+    (folder / "tokenizer.json").write_bytes(b"another")
+    (folder / "shard-000077.tar").write_bytes(b"")
     problems = "\n".join(verify_folder(index))
     for part in ("tokenizer.json", "shard-000000.tar: missing", "checksum", "shard-000077.tar"):
         assert part in problems
@@ -181,7 +200,8 @@ def test_a_foreign_tokenizer_file_is_found_before_the_first_step(source: SourceC
     [
         ({"version": 99}, "version 99"),
         ({"format": "other"}, "not an index"),
-        ({"shards": []}, "num_documents|lists no shards"),
+        ({"shards_sha256": "0" * 64}, "shards.npy is not the one"),
+        ({"num_documents": 10**400}, "damaged"),
         ({"num_tokens": 1}, "add up to"),
         ({"token_dtype": "float16"}, "token_dtype"),
         ({"eos_id": None}, None),
@@ -210,34 +230,33 @@ def test_any_range_of_a_long_document_is_read_and_checked(make_numbered: MakeNum
     length = 2 * CHECKSUM_TOKENS + 100
     source = make_numbered([3, length], shard_tokens=10**6)
     text = numbered_documents([3, length])[1].astype(np.int64)
-    reader = ShardReader(read_index(source.path))
+    reader = reader_of(source)
     edges = [0, 1, CHECKSUM_TOKENS - 1, CHECKSUM_TOKENS, CHECKSUM_TOKENS + 1, length - 1, length]
     for start in edges:
         for stop in [edge for edge in edges if edge >= start]:
-            assert np.array_equal(reader.tokens(0, 1, start, stop), text[start:stop])
-    table = decode_table(reader.index.table_path(reader.index.shards[0]).read_bytes())
-    offset = int(table.rows["tokens_offset"][1]) + 2 * (CHECKSUM_TOKENS + 5)
-    reader.close()
-    flip(reader.index.tar_path(reader.index.shards[0]), offset)
-    assert np.array_equal(reader.tokens(0, 1, 0, 100), text[:100])
-    with pytest.raises(InputError, match=r"document 1: .*checksum"):
-        reader.tokens(0, 1, CHECKSUM_TOKENS + 50, CHECKSUM_TOKENS + 60)
-    reader.close()
+            found = reader.shard(0).tokens(1, start, stop)
+            assert found.dtype == np.uint16 and np.array_equal(found, text[start:stop])
+    tar = tar_path(reader.index, reader.index.shards[0])
+    offset = int(reader.shard(0).table.rows["tokens_offset"][1]) + 2 * (CHECKSUM_TOKENS + 5)
+    flip(tar, offset)
+    assert np.array_equal(reader.shard(0).tokens(1, 0, 100), text[:100])
+    with pytest.raises(DamagedDataError, match=r"document 1: .*checksum"):
+        reader.shard(0).tokens(1, CHECKSUM_TOKENS + 50, CHECKSUM_TOKENS + 60)
 
 
 def test_a_reader_keeps_few_files_open(
     make_numbered: MakeNumbered, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """100,000 shards must not need 100,000 descriptors."""
-    monkeypatch.setattr("data_pipeline.shards.OPEN_FILES", 2)
+    monkeypatch.setattr("data_pipeline.shards.KEPT_SHARDS", 2)
     source = make_numbered([4] * 12, shard_tokens=4)
     descriptors = Path("/proc/self/fd")
     if not descriptors.is_dir():
         pytest.skip("no /proc: descriptors cannot be counted; run on Linux")
-    reader = ShardReader(read_index(source.path))
+    reader = reader_of(source)
     before = len(list(descriptors.iterdir()))
     for shard in range(12):
-        reader.tokens(shard, 0, 0, 4)
+        reader.shard(shard).tokens(0, 0, 4)
     assert len(list(descriptors.iterdir())) == before + 2
     reader.close()
     assert len(list(descriptors.iterdir())) == before

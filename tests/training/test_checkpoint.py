@@ -50,7 +50,7 @@ def unequal(left: dict[str, Tensor], right: dict[str, Tensor]) -> list[str]:
 
 
 def save(engine: TrainingEngine, config: RunConfig, state: TrainState) -> Path:
-    return save_checkpoint(engine, config, state, pretrain.data_identity(config))
+    return save_checkpoint(engine, config, state)
 
 
 def train(config: RunConfig, num_steps: int, save_at: tuple[int, ...] = ()) -> TrainingEngine:
@@ -65,7 +65,7 @@ def train(config: RunConfig, num_steps: int, save_at: tuple[int, ...] = ()) -> T
 
 def start_again(config: RunConfig) -> tuple[TrainingEngine, TrainState]:
     engine = tiny_engine(config)
-    state = resume(engine, config, pretrain.data_identity(config))
+    state = resume(engine, config)
     assert state is not None
     return engine, state
 
@@ -154,7 +154,7 @@ def test_a_checkpoint_holds_whole_fp32_tensors_under_the_models_names(
 
 def test_a_fresh_run_has_nothing_to_resume(make_run: MakeRun) -> None:
     config = make_run()
-    assert resume(tiny_engine(config), config, pretrain.data_identity(config)) is None
+    assert resume(tiny_engine(config), config) is None
 
 
 def test_a_damaged_newest_checkpoint_costs_only_its_own_steps(
@@ -244,7 +244,7 @@ def test_what_a_resumed_run_cannot_change_is_refused_in_one_line(
     train(config, 1, save_at=(1,))
     changed = make_run(**change(key, FIXED[key]))
     with pytest.raises(InputError) as caught:
-        resume(tiny_engine(changed), changed, pretrain.data_identity(changed))
+        resume(tiny_engine(changed), changed)
     message = str(caught.value)
     assert f" {key} (" in message and f"-> {FIXED[key]!r})" in message
     assert "\n" not in message and "choose a new output_dir" in message
