@@ -49,8 +49,11 @@ class Phase:
     sources: tuple[PhaseSource, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain data for a checkpoint."""
-        return asdict(self)
+        """Returns plain data for a checkpoint, as JSON gives it back."""
+        return {
+            "first_sample": self.first_sample,
+            "sources": [asdict(source) for source in self.sources],
+        }
 
     @staticmethod
     def from_dict(saved: dict[str, Any]) -> Phase:

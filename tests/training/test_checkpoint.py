@@ -17,9 +17,9 @@ from torch import Tensor
 from data_pipeline.errors import InputError
 from data_pipeline.index import read_index
 from data_pipeline.write_shards import PrepareOptions, prepare
-from megadlcm import pretrain
 from megadlcm.config import RunConfig
 from megadlcm.model import DLCM
+from megadlcm.pretrain import fresh_state
 from megadlcm.training import tensors
 from megadlcm.training.checkpoint import (
     MODEL_FILE,
@@ -55,7 +55,7 @@ def save(engine: TrainingEngine, config: RunConfig, state: TrainState) -> Path:
 
 def train(config: RunConfig, num_steps: int, save_at: tuple[int, ...] = ()) -> TrainingEngine:
     """Trains from scratch and saves after some of the steps."""
-    engine, state = tiny_engine(config), TrainState()
+    engine, state = tiny_engine(config), fresh_state(config)
     for _ in range(num_steps):
         run_steps(engine, config, state, 1)
         if state.step in save_at:
@@ -82,7 +82,7 @@ def test_a_resumed_run_is_bit_equal_to_the_uninterrupted_one(
         parallel={"zero_stage": zero_stage},
         model={"boundary_mode": boundary_mode},
     )
-    engine, state = tiny_engine(config), TrainState()
+    engine, state = tiny_engine(config), fresh_state(config)
     run_steps(engine, config, state, 2)
     folder = save(engine, config, state)
     uninterrupted = run_steps(engine, config, state, 3)
@@ -185,7 +185,7 @@ def test_a_save_that_fails_loses_nothing_that_was_saved(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_run(checkpoint={"keep": 1})
-    engine, state = tiny_engine(config), TrainState()
+    engine, state = tiny_engine(config), fresh_state(config)
     run_steps(engine, config, state, 1)
     folder = save(engine, config, state)
     run_steps(engine, config, state, 1)
@@ -275,10 +275,11 @@ def test_shards_may_move_but_not_change(make_run: MakeRun, corpus: Path, tmp_pat
     moved = tmp_path / "moved"
     shutil.copytree(corpus / "train", moved)
     start_again(make_run(data={"train": [{"path": str(moved), "name": "train"}]}))
-    with pytest.raises(InputError, match=r"another data.train \(the shards changed\)"):
+    with pytest.raises(InputError, match=r"data\.train has changed .*train: other shards"):
         start_again(make_run(data={"train": [{"path": str(corpus / "valid"), "name": "train"}]}))
-    with pytest.raises(InputError, match=r"another data.train \(\[1.0\] -> \[2.0\]\)"):
-        start_again(make_run(data={"train": [{"path": str(corpus / "train"), "weight": 2.0}]}))
+    heavier = [{"path": str(corpus / "train"), "name": "train", "weight": 2.0}]
+    with pytest.raises(InputError, match=r"data\.train has changed .*train: weight 1 -> 2"):
+        start_again(make_run(data={"train": heavier}))
 
 
 def test_other_texts_of_the_same_size_are_other_shards(
@@ -292,8 +293,43 @@ def test_other_texts_of_the_same_size_are_other_shards(
     folder = tmp_path / "backwards"
     prepare(PrepareOptions((str(backwards),), corpus / "tokenizer.json", folder))
     assert read_index(folder).num_tokens == read_index(corpus / "train").num_tokens
-    with pytest.raises(InputError, match="the shards changed"):
-        start_again(make_run(data={"train": [{"path": str(folder)}]}))
+    with pytest.raises(InputError, match="train: other shards"):
+        start_again(make_run(data={"train": [{"path": str(folder), "name": "train"}]}))
+
+
+def test_a_new_phase_is_recorded_and_goes_on(make_run: MakeRun, corpus: Path) -> None:
+    """Asked for once, it stays; sources go on where they were; a checkpoint tells of it."""
+    config = make_run()
+    train(config, 2, save_at=(2,))
+    both = [
+        {"path": str(corpus / "train"), "name": "train"},
+        {"path": str(corpus / "valid"), "name": "more"},
+    ]
+    changed = make_run(data={"train": both, "new_phase": True})
+    engine, state = start_again(changed)
+    batch_size = config.training.global_batch_size
+    assert [phase["first_sample"] for phase in state.data_phases] == [0, 2 * batch_size]
+    turns = [source["first_turn"] for source in state.data_phases[1]["sources"]]
+    assert turns == [2 * batch_size, 0]
+    expected = run_steps(engine, changed, state, 2)
+    save(engine, changed, state)
+    calm = make_run(data={"train": both})
+    again, resumed = start_again(calm)
+    assert resumed.data_phases == state.data_phases
+    assert resumed.step == 4 and expected[0].digest != expected[1].digest
+    with pytest.raises(InputError, match="more: gone"):
+        start_again(config)
+    run_steps(again, calm, resumed, 1)
+
+
+def test_a_checkpoint_without_phases_is_of_another_order(make_run: MakeRun) -> None:
+    """Earlier versions mixed sources in another order: to go on would repeat and lose samples."""
+    config = make_run()
+    engine, state = tiny_engine(config), TrainState()
+    run_steps(engine, config, state, 1)
+    save(engine, config, state)
+    with pytest.raises(InputError, match="earlier version"):
+        start_again(config)
 
 
 def documents(config: RunConfig) -> tuple[Tensor, Tensor]:

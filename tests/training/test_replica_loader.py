@@ -1,0 +1,104 @@
+"""One process of a replica reads; the others are sent what their stage needs, and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from data_pipeline.batch import StepBatch
+from data_pipeline.loader import StepLoader
+from megadlcm.config import RunConfig
+from megadlcm.parallel.mesh import join_process_group
+from megadlcm.pretrain import open_loader
+from megadlcm.training.replica_loader import ABSENT
+from tests.distributed import run_distributed
+
+MakeRun = Callable[..., RunConfig]
+NUM_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one process saw."""
+
+    data_parallel_rank: int
+    stage: int
+    steps: list[StepBatch]
+    tars_opened: int
+
+
+def read_part(config: RunConfig) -> Part:
+    """Reads steps on the layout of the config and counts the shards that were opened."""
+    mesh = join_process_group(config.parallel)
+    opened = 0
+    sound = os.open
+
+    def counted(path: str, *arguments: int, **options: int) -> int:
+        nonlocal opened
+        opened += str(path).endswith(".tar")
+        return sound(path, *arguments, **options)
+
+    os.open = counted
+    try:
+        with contextlib.closing(open_loader(config, mesh)) as loader:
+            steps = list(islice(loader, NUM_STEPS))
+    finally:
+        os.open = sound
+    return Part(mesh.data_parallel_rank, mesh.pipeline_rank, steps, opened)
+
+
+def assert_same(found: StepBatch, whole: StepBatch, inputs: bool, labels: bool) -> None:
+    """Compares a part with what its replica reads; what it does not need must not be there."""
+    assert found.first_sample == whole.first_sample
+    for part, full in zip(found.micro_batches, whole.micro_batches, strict=True):
+        for name, needed in (("tokens_T", inputs), ("labels_T", labels)):
+            own, expected = getattr(part, name), getattr(full, name)
+            assert own.dtype == np.int64 and own.shape == expected.shape
+            assert np.array_equal(own, expected) if needed else (own == ABSENT).all()
+        assert np.array_equal(part.cu_seqlens, full.cu_seqlens)
+        assert part.cu_seqlens.dtype == np.int32
+        assert np.array_equal(part.token_index_T, full.token_index_T)
+        assert (part.sample_ids, part.sample_ends) == (full.sample_ids, full.sample_ends)
+
+
+@pytest.mark.parametrize(
+    ("placement", "tensor_size", "stages", "head_stage"),
+    [("linear", 2, 2, 1), ("folded", 1, 2, 0), ("linear", 1, 4, 3)],
+)
+def test_each_process_has_what_its_stage_needs(
+    placement: str, tensor_size: int, stages: int, head_stage: int, make_run: MakeRun
+) -> None:
+    """Against a reader of its own for every replica; only readers open a shard."""
+    config = make_run(
+        model={"token_kv_heads": 2, "backbone_layers": 4},
+        parallel={
+            "tensor_parallel_size": tensor_size,
+            "pipeline_parallel_size": stages,
+            "pipeline_placement": placement,
+            "zero_stage": 1,
+        },
+    )
+    parts: list[Part] = run_distributed(read_part, 4, config)
+    replicas = 4 // (tensor_size * stages)
+    assert {part.data_parallel_rank for part in parts} == set(range(replicas))
+    for part in parts:
+        loader = StepLoader(
+            config.data,
+            global_batch_size=config.training.global_batch_size,
+            micro_batch_size=config.training.micro_batch_size,
+            data_parallel_rank=part.data_parallel_rank,
+            data_parallel_size=replicas,
+        )
+        with contextlib.closing(loader):
+            expected = list(islice(loader, NUM_STEPS))
+        for found, whole in zip(part.steps, expected, strict=True):
+            reads = part.tars_opened > 0  # and keeps what it has read
+            assert_same(found, whole, reads or part.stage == 0, reads or part.stage == head_stage)
+    readers = [part for part in parts if part.tars_opened]
+    assert len(readers) == replicas and all(part.stage == 0 for part in readers)
