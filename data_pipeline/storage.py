@@ -23,7 +23,10 @@ Location = str | Path
 Result = TypeVar("Result")
 
 LONGEST_WAIT_SECONDS = 30.0
-_SAYS_SO_AT_ONCE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+_SAYS_SO_AT_ONCE = (
+    *(FileNotFoundError, NotADirectoryError, IsADirectoryError),
+    *(InputError, StorageError),  # what `read` itself has found out
+)
 
 
 @dataclass(frozen=True)
@@ -120,8 +123,8 @@ def patiently(
 
     Raises:
         FileNotFoundError, NotADirectoryError, IsADirectoryError: at once.
-        InputError: permission denied.
-        StorageError: every attempt failed.
+        InputError: permission denied, or raised by `read` itself.
+        StorageError: every attempt failed, or raised by `read` itself.
     """
     wait = options.wait_seconds
     for attempt in range(1, options.attempts + 1):
