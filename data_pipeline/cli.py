@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import InputError
+from data_pipeline.folder_cli import add_command, add_folder_parsers
 
 DATA_EXAMPLE = """\
 example:
@@ -28,25 +29,22 @@ example:
   megadlcm data tokenizer --input 'corpus/**/*.jsonl.gz' --vocab-size 32000 \\
       --output tokenizer.json"""
 
-INSPECT_EXAMPLE = """\
-example:
-  megadlcm data inspect shards/mix"""
 
-VERIFY_EXAMPLE = """\
-example:
-  megadlcm data verify shards/mix"""
-
-
-def add_data_parser(subparsers: Any) -> None:
+def add_data_parser(subparsers: Any) -> Any:
     """Adds `data` and its commands; each sets func(namespace) -> exit code.
 
     Args:
         subparsers: what argparse's add_subparsers returned (its type has no public name).
+
+    Returns:
+        The commands of `data`, for others to add theirs.
     """
-    data = _add(subparsers, "data", "tokenizers and shard folders", DATA_EXAMPLE)
+    data = add_command(subparsers, "data", "tokenizers and shard folders", DATA_EXAMPLE)
     commands = data.add_subparsers(dest="data_command", metavar="COMMAND", required=True)
 
-    tokenizer = _add(commands, "tokenizer", "train a byte-level BPE tokenizer", TOKENIZER_EXAMPLE)
+    tokenizer = add_command(
+        commands, "tokenizer", "train a byte-level BPE tokenizer", TOKENIZER_EXAMPLE
+    )
     _add_input(tokenizer)
     tokenizer.add_argument(
         "--vocab-size", type=int, required=True, metavar="N", help="most entries it may have"
@@ -57,7 +55,9 @@ def add_data_parser(subparsers: Any) -> None:
     tokenizer.add_argument("--overwrite", action="store_true", help="replace an existing file")
     tokenizer.set_defaults(func=run_tokenizer)
 
-    prepare = _add(commands, "prepare", "text to WebDataset shards and an index", PREPARE_EXAMPLE)
+    prepare = add_command(
+        commands, "prepare", "text to WebDataset shards and an index", PREPARE_EXAMPLE
+    )
     _add_input(prepare)
     prepare.add_argument(
         "--tokenizer",
@@ -88,13 +88,8 @@ def add_data_parser(subparsers: Any) -> None:
     prepare.add_argument("--overwrite", action="store_true", help="replace finished shards")
     prepare.set_defaults(func=run_prepare)
 
-    inspect = _add(commands, "inspect", "what is in a shard folder", INSPECT_EXAMPLE)
-    inspect.add_argument("folder", type=Path, metavar="DIR", help="shard folder")
-    inspect.set_defaults(func=run_inspect)
-
-    verify = _add(commands, "verify", "check every byte of a shard folder", VERIFY_EXAMPLE)
-    verify.add_argument("folder", type=Path, metavar="DIR", help="shard folder")
-    verify.set_defaults(func=run_verify)
+    add_folder_parsers(commands)
+    return commands
 
 
 def run_tokenizer(arguments: argparse.Namespace) -> int:
@@ -167,46 +162,6 @@ def run_prepare(arguments: argparse.Namespace) -> int:
         print(f"left out: {counts.left_out}")
     print(f"{options.output}: {len(index.shards):,} shards")
     return 0
-
-
-def run_inspect(arguments: argparse.Namespace) -> int:
-    """Prints shards, tokenizer and domains of a shard folder."""
-    from data_pipeline.index import read_index
-    from data_pipeline.inspect import describe
-
-    print(describe(read_index(arguments.folder)))
-    return 0
-
-
-def run_verify(arguments: argparse.Namespace) -> int:
-    """Prints every problem of a shard folder; raises InputError where there is one."""
-    from data_pipeline.index import read_index
-    from data_pipeline.verify import verify_folder
-
-    index = read_index(arguments.folder)
-    num_problems = 0
-    for problem in verify_folder(index):
-        print(problem)
-        num_problems += 1
-    if num_problems:
-        raise InputError(f"{arguments.folder}: problems found: {num_problems}; prepare it again")
-    print(
-        f"{arguments.folder}: {len(index.shards):,} shards, {index.num_documents:,} documents, "
-        f"{index.num_tokens:,} tokens, all as written"
-    )
-    return 0
-
-
-def _add(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}.",
-        epilog=example,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    return parser
 
 
 def _add_input(parser: argparse.ArgumentParser) -> None:

@@ -1,37 +1,67 @@
-"""Tables that tell what is in a shard folder."""
+"""Tables that tell what is in a shard folder; read from its index alone."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from data_pipeline.index import DomainCounts, ShardIndex
+from data_pipeline.storage import Storage
 
 
 def domain_table(domains: Mapping[str, DomainCounts]) -> str:
-    """Returns documents, tokens, bytes and bytes per token of each domain and of all."""
+    """Returns documents, tokens, bytes, bytes per token and share of the tokens by domain."""
     total = DomainCounts(*(sum(column) for column in zip(*domains.values(), strict=True)))
-    counts = [*sorted(domains.items()), ("all", total)]
     rows = [
-        (name, f"{c.documents:,}", f"{c.tokens:,}", f"{c.bytes:,}", f"{c.bytes / c.tokens:.2f}")
-        for name, c in counts
+        (
+            name,
+            f"{counts.documents:,}",
+            f"{counts.tokens:,}",
+            f"{counts.bytes:,}",
+            f"{counts.bytes / max(counts.tokens, 1):.2f}",
+            f"{counts.tokens / max(total.tokens, 1):.1%}",
+        )
+        for name, counts in [*sorted(domains.items()), ("all", total)]
     ]
-    return text_table(("domain", "documents", "tokens", "bytes", "bytes/token"), rows)
+    return text_table(("domain", "documents", "tokens", "bytes", "bytes/token", "share"), rows)
 
 
 def describe(index: ShardIndex) -> str:
     """Returns what `megadlcm data inspect` prints."""
-    sizes = [shard.num_tokens for shard in index.shards]
+    rows = index.shards.rows
+    tokens, sizes = rows["num_tokens"], rows["tar_bytes"]
     facts = [
-        ("folder", str(index.folder)),
-        ("shards", f"{len(sizes):,} of {min(sizes):,} to {max(sizes):,} tokens"),
-        ("stored", f"{sum(shard.tar_bytes for shard in index.shards):,} bytes in tar files"),
+        ("folder", index.location),
+        ("shards", f"{len(rows):,} of {tokens.min():,} to {tokens.max():,} tokens"),
+        ("stored", f"{sizes.sum():,} bytes in tar files of {sizes.min():,} to {sizes.max():,}"),
         ("tokens", f"{index.token_dtype}, largest {index.max_token_id}"),
         ("as trained", f"{index.num_stream_tokens:,} tokens an epoch, one eos per document"),
         ("tokenizer", f"{index.vocab_size:,} entries, eos {index.eos_id}"),
         ("", f"sha256 {index.tokenizer_sha256}"),
+        ("fingerprint", index.fingerprint),
     ]
-    lines = [f"{name:<12}{value}" for name, value in facts]
+    lines = [f"{name:<13}{value}" for name, value in facts]
     return "\n".join([*lines, "", domain_table(index.domains)])
+
+
+def shard_table(index: ShardIndex) -> str:
+    """Returns documents, tokens and bytes of each shard."""
+    rows = [
+        (
+            shard.name,
+            f"{shard.num_documents:,}",
+            f"{shard.num_tokens:,}",
+            f"{shard.num_bytes:,}",
+            f"{shard.tar_bytes:,}",
+        )
+        for shard in index.shards
+    ]
+    return text_table(("shard", "documents", "tokens", "bytes", "tar bytes"), rows)
+
+
+def shard_urls(index: ShardIndex, storage: Storage) -> Iterator[str]:
+    """Yields where each tar file is, as stock webdataset takes it."""
+    for shard in index.shards:
+        yield storage.path(shard.tar_name)
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from data_pipeline.errors import InputError, StorageError
 from data_pipeline.index import DomainCounts, Shard, ShardIndex
-from data_pipeline.progress import Progress
+from data_pipeline.progress import Progress, say
 from data_pipeline.sources import read_tokenizer
 from data_pipeline.storage import Storage, StorageOptions, open_storage
 from data_pipeline.tokenizer import TOKENIZER_FILE
@@ -70,11 +70,7 @@ def verify_folder(
                 domains[name] = domains[name].plus(counts) if name in domains else counts
     if all_counted:  # else every domain of a lost shard would be wrong again
         yield from _domain_problems(index, domains)
-    listed = {shard.name for shard in index.shards}
-    for name in storage.names():
-        found = SHARD_FILE.fullmatch(name)
-        if found and found[1] not in listed:
-            yield f"{storage.path(name)}: not in the index"
+    yield from _unlisted_files(index, storage)
 
 
 def _tokenizer_problems(index: ShardIndex, storage: Storage) -> Iterator[str]:
@@ -102,6 +98,21 @@ def _domain_problems(index: ShardIndex, domains: dict[str, DomainCounts]) -> Ite
                 f"{index.location}: domain {name}: documents, tokens, bytes {tuple(found)} differ "
                 f"from the index, {tuple(listed)}"
             )
+
+
+def _unlisted_files(index: ShardIndex, storage: Storage) -> Iterator[str]:
+    """Yields the files of shards that the index does not know."""
+    try:
+        names = storage.names()
+    except (FileNotFoundError, StorageError) as error:  # many web servers list no folder
+        reason = " ".join(str(error).split())
+        say(f"{index.location}: lists no files, so there may be shards beside the index ({reason})")
+        return
+    listed = {shard.name for shard in index.shards}
+    for name in names:
+        found = SHARD_FILE.fullmatch(name)
+        if found and found[1] not in listed:
+            yield f"{storage.path(name)}: not in the index"
 
 
 def _reports(
