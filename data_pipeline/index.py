@@ -211,6 +211,8 @@ def read_index(location: Location, storage: Storage | None = None) -> ShardIndex
             "run `megadlcm data prepare --overwrite` with this program"
         )
     try:
+        if contents.pop("index_sha256") != _header_digest(contents):
+            raise ValueError("its own digest differs")
         rows = _read_rows(storage, contents)
         index = _decode(where, contents, rows)
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
@@ -290,8 +292,14 @@ def encode_index(index: ShardIndex) -> dict[str, bytes]:
         "shards_sha256": hashlib.sha256(stored.getvalue()).hexdigest(),
         "domains": {name: index.domains[name]._asdict() for name in sorted(index.domains)},
     }
+    header["index_sha256"] = _header_digest(header)
     text = json.dumps(header, indent=2, ensure_ascii=False) + "\n"
     return {SHARDS_FILE: stored.getvalue(), INDEX_FILE: text.encode("utf-8")}
+
+
+def _header_digest(header: dict[str, Any]) -> str:
+    """Returns the digest of index.json's entries but itself, however they are spaced."""
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
 
 
 def _one_line(error: BaseException) -> str:

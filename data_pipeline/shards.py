@@ -125,6 +125,8 @@ class OpenShard:
         row = self.table.rows[document]
         offset = int(row["record_offset"]) + BLOCK_BYTES
         contents = self._opened().pread(int(row["metadata_bytes"]), offset)
+        if crc32(contents) != self._checksums[self._first_checksum[document] - 1]:
+            raise self._damaged(f"document {document}: its metadata is not that written (checksum)")
         try:
             metadata = json.loads(contents)
             agrees = metadata["num_tokens"] == row["num_tokens"] and all(

@@ -94,7 +94,14 @@ def read_tokenizer(index: ShardIndex, storage: Storage) -> Tokenizer:
         raise InputError(
             f"{path}: not the tokenizer the shards were written with; put that one back"
         )
-    return decode_tokenizer(contents, Path(path))
+    tokenizer = decode_tokenizer(contents, Path(path))
+    for key in ("vocab_size", "eos_id"):
+        found, listed = getattr(tokenizer, key), getattr(index, key)
+        if found != listed:
+            raise InputError(
+                f"{path}: {key} = {found}, the index says {listed}; prepare the folder again"
+            )
+    return tokenizer
 
 
 def check_shards(data: DataConfig, part: int = 0, num_parts: int = 1) -> list[DamagedShard]:

@@ -34,7 +34,7 @@ from megadlcm.training.engine import build_engine
 from megadlcm.training.metrics import MetricsWriter
 from megadlcm.training.replica_loader import ReplicaLoader
 from megadlcm.training.run_folder import prepare_run_folder
-from megadlcm.training.skipped import SkippedRecord
+from megadlcm.training.skipped import SkippedRecord, damaged_shards
 from megadlcm.training.state import TrainState
 from megadlcm.training.step import NonFiniteError
 from megadlcm.training.trainer import Trainer, TrainingData
@@ -59,6 +59,8 @@ def run(config: RunConfig) -> int:
     # before a process group or a run folder exists
     sources = check_training_sources(config)
     check_launch(config)
+    alone = launch_environment().world_size == 1
+    damaged = damaged_shards(config) if alone else []
     make_output_folder(Path(config.output_dir), "output_dir =")
     try:
         mesh = join_process_group(config.parallel)
@@ -67,7 +69,9 @@ def run(config: RunConfig) -> int:
         return 1
     handler = configure_logging(config, mesh)
     try:
+        damaged = damaged if alone else damaged_shards(config, mesh)
         with open_trainer(config, mesh) as trainer:
+            trainer.data.skipped.note_shards(damaged)
             _announce(trainer, sources.train_tokens)
             trainer.fit()
         return 0
@@ -172,8 +176,6 @@ def open_trainer(config: RunConfig, mesh: ParallelMesh) -> Iterator[Trainer]:
     state = resumed or fresh_state(config)
     if mesh.is_writer:
         prepare_run_folder(config, resumed is not None)
-    skipped = SkippedRecord(config, mesh)
-    skipped.agree_on_shards()
     with contextlib.ExitStack() as stack:
         loader = open_loader(config, mesh, state)
         stack.callback(loader.close)
@@ -183,7 +185,7 @@ def open_trainer(config: RunConfig, mesh: ParallelMesh) -> Iterator[Trainer]:
                 Path(config.output_dir), state.step + 1, config.logging.tensorboard
             )
             stack.callback(metrics.close)
-        data = TrainingData(loader, sources.tokenizer, skipped)
+        data = TrainingData(loader, sources.tokenizer, SkippedRecord(config, mesh))
         yield Trainer(engine, config, state, data, metrics)
 
 

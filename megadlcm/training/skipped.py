@@ -19,12 +19,37 @@ import torch
 
 from data_pipeline.batch import StepBatch
 from data_pipeline.errors import DamagedDataError
-from data_pipeline.sources import check_shards
+from data_pipeline.sources import DamagedShard, check_shards
 from megadlcm.config import RunConfig
 from megadlcm.parallel.mesh import ParallelMesh
 from megadlcm.training.state import TrainState
 
 logger = logging.getLogger(__name__)
+
+
+def damaged_shards(config: RunConfig, mesh: ParallelMesh | None = None) -> list[DamagedShard]:
+    """Looks at every shard of a run, each process at its share; collective.
+
+    Args:
+        config: the run.
+        mesh: ranks of this process; None: it looks at all of them by itself.
+
+    Returns:
+        Those that are damaged and may be skipped, the same on every process.
+
+    Raises:
+        DamagedDataError: on every process, where one is damaged that may not be skipped.
+    """
+    if mesh is None:
+        found = check_shards(config.data)
+    else:
+        own = check_shards(config.data, mesh.rank, mesh.world_size)
+        found = [shard for part in mesh.gather_over_run(own) for shard in part]
+        found.sort(key=lambda shard: (shard.split, shard.source, shard.shard))
+    for shard in found:
+        if config.data.on_damage != "skip" or shard.split == "valid":
+            raise DamagedDataError(shard.problem)
+    return found
 
 
 class SkippedRecord:
@@ -39,21 +64,12 @@ class SkippedRecord:
         self._data, self._mesh = config.data, mesh
         self._folder = Path(config.output_dir) / "skipped"
 
-    def agree_on_shards(self) -> None:
-        """Looks at every shard, each process at its share; collective.
-
-        Raises:
-            DamagedDataError: on every process, where one is damaged that may not be skipped.
-        """
-        own = check_shards(self._data, self._mesh.rank, self._mesh.world_size)
-        found = [shard for part in self._mesh.gather_over_run(own) for shard in part]
-        found.sort(key=lambda shard: (shard.split, shard.source, shard.shard))
-        for shard in found:
-            if self._data.on_damage != "skip" or shard.split == "valid":
-                raise DamagedDataError(shard.problem)
-            logger.warning("%s; what cannot be read of it is skipped", shard.problem)
-        if found and self._mesh.is_writer:
-            self._write("shards.jsonl", [asdict(shard) for shard in found])
+    def note_shards(self, damaged: Sequence[DamagedShard]) -> None:
+        """Records the shards that were found damaged when the run started."""
+        if damaged and self._mesh.is_writer:
+            for shard in damaged:
+                logger.warning("%s; what cannot be read of it is skipped", shard.problem)
+            self._write("shards.jsonl", [asdict(shard) for shard in damaged])
 
     def add(self, batch: StepBatch, state: TrainState) -> None:
         """Counts and records what a step lacks; collective where the policy is to skip.

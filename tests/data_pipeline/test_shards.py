@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from data_pipeline import open_samples, read_index
 from data_pipeline.config import SourceConfig
 from data_pipeline.errors import DamagedDataError, InputError
-from data_pipeline.index import Shard, ShardIndex
+from data_pipeline.index import Shard, ShardIndex, _header_digest
 from data_pipeline.records import CHECKSUM_TOKENS, decode_table
 from data_pipeline.shards import ShardReader, open_documents
 from data_pipeline.sources import check_sources
@@ -50,6 +51,16 @@ def reader_of(source: SourceConfig) -> ShardReader:
     """A reader of a folder."""
     storage = open_storage(source.path)
     return ShardReader(read_index(source.path, storage), storage)
+
+
+def change_index(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes the entries of an index as a wrong writer would: with a digest that fits."""
+    path = folder / "index.json"
+    contents = json.loads(path.read_text(encoding="utf-8"))
+    del contents["index_sha256"]
+    change(contents)
+    contents["index_sha256"] = _header_digest(contents)
+    path.write_text(json.dumps(contents), encoding="utf-8")
 
 
 def read_all(source: SourceConfig) -> None:
@@ -135,10 +146,12 @@ def test_counts_credited_to_another_domain_are_found_by_verify(
     """The sums agree, so that nothing else finds it; bits per byte of a domain would be wrong."""
     folder = make_shards()
     assert not list(verify_folder(read_index(folder)))
-    contents = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-    contents["domains"]["a"][key] -= 1
-    contents["domains"]["b"][key] += 1
-    (folder / "index.json").write_text(json.dumps(contents), encoding="utf-8")
+
+    def credit_another(contents: dict[str, Any]) -> None:
+        contents["domains"]["a"][key] -= 1
+        contents["domains"]["b"][key] += 1
+
+    change_index(folder, credit_another)
     problems = list(verify_folder(read_index(folder)))
     assert [problem.split(": ")[1] for problem in problems] == ["domain a", "domain b"]
 
@@ -155,8 +168,7 @@ def test_an_index_that_contradicts_its_tokenizer_is_found_by_verify(
 ) -> None:
     """Documents would be opened with a token that is not the end of a text."""
     folder = make_shards()
-    contents = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-    (folder / "index.json").write_text(json.dumps(contents | change), encoding="utf-8")
+    change_index(folder, lambda contents: contents.update(change))
     assert list(verify_folder(read_index(folder))) == [f"{folder / 'tokenizer.json'}: {problem}"]
 
 
@@ -164,9 +176,8 @@ def test_a_kept_tokenizer_that_is_none_is_found_by_verify(make_shards: Callable[
     """Although its digest is the one of the index."""
     folder = make_shards()
     (folder / "tokenizer.json").write_bytes(b"{}")
-    contents = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-    contents["tokenizer_sha256"] = hashlib.sha256(b"{}").hexdigest()
-    (folder / "index.json").write_text(json.dumps(contents), encoding="utf-8")
+    digest = hashlib.sha256(b"{}").hexdigest()
+    change_index(folder, lambda contents: contents.update(tokenizer_sha256=digest))
     problems = list(verify_folder(read_index(folder)))
     assert len(problems) == 1 and "not a tokenizer.json" in problems[0]
 
@@ -212,14 +223,18 @@ def test_a_changed_index_is_refused(
 ) -> None:
     """In one line each; None: the entry is removed."""
     path = Path(source.path) / "index.json"
-    contents = json.loads(path.read_text(encoding="utf-8")) | change
     if message is None:
         message = next(iter(change))
-        del contents[message]
-    path.write_text(json.dumps(contents), encoding="utf-8")
+        change_index(path.parent, lambda contents: contents.pop(message))
+    else:
+        change_index(path.parent, lambda contents: contents.update(change))
     with pytest.raises(InputError, match=message) as error:
         read_index(source.path)
     one_line(error)
+    contents = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(contents | {"eos_id": 1}), encoding="utf-8")
+    with pytest.raises(InputError, match=r"its own digest differs|not an index|version"):
+        read_index(source.path)
     path.write_text("{", encoding="utf-8")
     with pytest.raises(InputError, match="cannot be read"):
         read_index(source.path)
@@ -264,7 +279,5 @@ def test_a_reader_keeps_few_files_open(
 
 def test_a_token_above_the_index_is_found_by_verify(source: SourceConfig) -> None:
     """An index that understates its largest token would pass a model that is too small."""
-    path = Path(source.path) / "index.json"
-    contents = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(contents | {"max_token_id": 3}), encoding="utf-8")
+    change_index(Path(source.path), lambda contents: contents.update(max_token_id=3))
     assert any("above the largest" in p for p in verify_folder(read_index(source.path)))

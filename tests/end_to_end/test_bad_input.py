@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from megadlcm.config import load_config
 from megadlcm.model import build_model
 from megadlcm.parallel.mesh import ParallelMesh
 from megadlcm.training.checkpoint_folder import verify_all
+from tests.data_pipeline.test_shards import change_index
 from tests.tiny_runs import VOCAB_SIZE, read_rows
 from tests.train_processes import START_SECONDS, start_command
 
@@ -221,23 +221,23 @@ def test_a_damaged_shard_folder_is_named_before_the_first_step(
         (["eos_id"], 10**6),
         (["eos_id"], None),
         (["max_token_id"], "299"),
-        (["shards", 0, "last_record"], 10**9),
-        (["shards", 0, "num_tokens"], 3.5),
-        (["shards", 0, "name"], 7),
-        (["shards"], []),
+        (["num_tokens"], 3.5),
+        (["shards_sha256"], 7),
+        (["shards_sha256"], "0" * 64),
         (["version"], 99),
     ],
 )
 def test_an_index_with_a_wrong_entry_is_named(
     run_file: Path, refused: Refused, shards: Path, keys: list[Any], value: Any
 ) -> None:
-    index = json.loads((shards / "index.json").read_text())
-    entry = index
-    for key in keys[:-1]:
-        entry = entry[key]
-    assert keys[-1] in entry or isinstance(entry, list)
-    entry[keys[-1]] = value
-    (shards / "index.json").write_text(json.dumps(index))
+
+    def change(entry: dict[str, Any]) -> None:
+        for key in keys[:-1]:
+            entry = entry[key]
+        assert keys[-1] in entry
+        entry[keys[-1]] = value
+
+    change_index(shards, change)
     for words in (["train", run_file, source(shards)], ["data", "inspect", shards]):
         assert str(shards / "index.json") in refused(*words)
 
@@ -276,8 +276,8 @@ def test_a_flipped_token_is_found_when_it_is_read_and_what_was_saved_is_good(
 ) -> None:
     """It cannot be known before; the run goes on once the file is whole again."""
     document, step = document_read_last(run_file, shards)
-    index = read_index(shards)
-    tar, table = index.tar_path(index.shards[0]), index.table_path(index.shards[0])
+    shard = read_index(shards).shards[0]
+    tar, table = shards / shard.tar_name, shards / shard.table_name
     token = int(decode_table(table.read_bytes()).rows["tokens_offset"][document]) + 2
     flip(tar, token)
     words = ["train", run_file, source(shards), f"training.train_steps={step}", "data.valid=[]"]

@@ -99,8 +99,10 @@ def alone(make: Make) -> Trace:
 
 def agrees(found: list[Trace], expected: Trace, tolerance: float = TOLERANCE) -> Difference:
     """Checks the trace of every rank; the largest differences, from rank 0."""
+    assert found[0].digests == expected.digests
     for rank in found:
-        assert rank.digests == expected.digests
+        # known to those that read the data
+        assert rank.digests in (expected.digests, [""] * len(expected.digests))
         assert rank.losses == found[0].losses and rank.grad_norms == found[0].grad_norms
         assert rank.fractions == pytest.approx(expected.fractions, rel=1e-12)
     difference = compare(found[0], expected)

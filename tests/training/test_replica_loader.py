@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -36,21 +37,13 @@ class Part:
 def read_part(config: RunConfig) -> Part:
     """Reads steps on the layout of the config and counts the shards that were opened."""
     mesh = join_process_group(config.parallel)
-    opened = 0
-    sound = os.open
-
-    def counted(path: str, *arguments: int, **options: int) -> int:
-        nonlocal opened
-        opened += str(path).endswith(".tar")
-        return sound(path, *arguments, **options)
-
-    os.open = counted
-    try:
-        with contextlib.closing(open_loader(config, mesh)) as loader:
-            steps = list(islice(loader, NUM_STEPS))
-    finally:
-        os.open = sound
-    return Part(mesh.data_parallel_rank, mesh.pipeline_rank, steps, opened)
+    with (
+        mock.patch("os.open", wraps=os.open) as opened,
+        contextlib.closing(open_loader(config, mesh)) as loader,
+    ):
+        steps = list(islice(loader, NUM_STEPS))
+    tars = [call for call in opened.call_args_list if str(call.args[0]).endswith(".tar")]
+    return Part(mesh.data_parallel_rank, mesh.pipeline_rank, steps, len(tars))
 
 
 def assert_same(found: StepBatch, whole: StepBatch, inputs: bool, labels: bool) -> None:
