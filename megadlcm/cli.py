@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from data_pipeline.cli import add_data_parser
-from data_pipeline.errors import InputError
+from data_pipeline.errors import InputError, StorageError
 from megadlcm import __version__
+from megadlcm.data_cli import add_run_data_parsers
 from megadlcm.plan_cli import add_config_arguments, add_plan_parser
 from megadlcm.training.checkpoint_cli import add_checkpoint_parser
 
@@ -90,6 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT
+    except StorageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -125,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_config_arguments(train)
     train.set_defaults(run=_run_train)
     add_plan_parser(commands)
-    add_data_parser(commands)
+    add_run_data_parsers(add_data_parser(commands))
     add_checkpoint_parser(commands)
     return parser
 

@@ -1,0 +1,166 @@
+"""The samples of one source as arrays: places in the stream, shards, shuffle blocks.
+
+`order.SourceOrder` answers for one window; here the same permutations are taken for a million
+windows at once, and the invariants of the order are checked on them. Reads indexes alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from data_pipeline.config import DataConfig
+from data_pipeline.index import ShardIndex
+from data_pipeline.order import SHARD_ORDER, WINDOW_ORDER, permutation
+
+
+class Played(NamedTuple):
+    """The samples of one source in a simulation, in the order of their numbers."""
+
+    samples: np.ndarray
+    """int64 (n,): sample numbers of the run."""
+    epochs: np.ndarray
+    """int64 (n,)."""
+    starts: np.ndarray
+    """int64 (n,): first stream position of each window."""
+    stops: np.ndarray
+    """int64 (n,): one past its last."""
+    first_turns: np.ndarray
+    """int64 (n,): place in the epoch's order of shards of the first that it touches."""
+    last_turns: np.ndarray
+    """int64 (n,): of the last."""
+
+
+class BlockCost(NamedTuple):
+    """What one shuffle block of a source touches."""
+
+    num_shards: int
+    tar_bytes: int
+
+
+class PlayedSource:
+    """A source of a simulation: its index, its order, what is played of it."""
+
+    def __init__(self, index: ShardIndex, data: DataConfig, key: int) -> None:
+        """Prepares the order of one source.
+
+        Args:
+            index: of its shard folder.
+            data: seq_len, seed (None counts as 0), shuffle_block.
+            key: number of the source.
+        """
+        self.index = index
+        self._seq_len, self._block_size = data.seq_len, data.shuffle_block
+        self._seed, self._key = data.seed or 0, key
+        self._sizes = index.shard_stream_tokens
+        self._tar_bytes = index.shards.rows["tar_bytes"]
+        self.num_windows = -(-index.num_stream_tokens // data.seq_len)
+        self._shard_orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def play(self, samples: np.ndarray, first_turn: int) -> Played:
+        """Returns the places of the source's samples first_turn, first_turn + 1, ...
+
+        Args:
+            samples: int64 (n,): their numbers in the run.
+            first_turn: samples that the source gave before.
+        """
+        turns = np.arange(first_turn, first_turn + len(samples), dtype=np.int64)
+        epochs, positions = np.divmod(turns, self.num_windows)
+        blocks = positions // self._block_size
+        starts = positions * self._seq_len
+        first_turns, last_turns = np.empty_like(turns), np.empty_like(turns)
+        for part in runs_of(epochs, blocks) if self._block_size > 1 else ():
+            epoch, block = int(epochs[part.start]), int(blocks[part.start])
+            first, size = self._block(block)
+            order = permutation(size, self._seed, WINDOW_ORDER, self._key, epoch, block)
+            starts[part] = (first + order[positions[part] - first]) * self._seq_len
+        stops = np.minimum(starts + self._seq_len, self.index.num_stream_tokens)
+        for part in runs_of(epochs):
+            _, edges = self.shard_order(int(epochs[part.start]))
+            first_turns[part] = np.searchsorted(edges, starts[part], side="right") - 1
+            last_turns[part] = np.searchsorted(edges, stops[part] - 1, side="right") - 1
+        return Played(samples, epochs, starts, stops, first_turns, last_turns)
+
+    def shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the shards of an epoch in reading order, and where each begins in the stream."""
+        if epoch not in self._shard_orders:
+            order = permutation(len(self._sizes), self._seed, SHARD_ORDER, self._key, epoch)
+            edges = np.concatenate(([0], np.cumsum(self._sizes[order], dtype=np.int64)))
+            if len(self._shard_orders) > 1:
+                self._shard_orders.pop(next(iter(self._shard_orders)))
+            self._shard_orders[epoch] = order, edges
+        return self._shard_orders[epoch]
+
+    def touched(self, played: Played) -> tuple[np.ndarray, np.ndarray]:
+        """Returns which entry touches which shard, int64 (m,) each, in the order of the entries."""
+        counts = played.last_turns - played.first_turns + 1
+        entries = np.repeat(np.arange(len(counts)), counts)
+        within = np.arange(len(entries)) - np.repeat(np.cumsum(counts) - counts, counts)
+        turns = played.first_turns[entries] + within
+        shards = np.empty_like(turns)
+        epochs = played.epochs[entries]
+        for part in runs_of(epochs):
+            order, _ = self.shard_order(int(epochs[part.start]))
+            shards[part] = order[turns[part]]
+        return entries, shards
+
+    def largest_block(self, played: Played) -> BlockCost:
+        """Returns the most that a shuffle block touches, of those that the samples lie in."""
+        windows = played.starts // self._seq_len
+        blocks = windows // self._block_size
+        found = BlockCost(0, 0)
+        for part in runs_of(played.epochs, blocks):
+            first, size = self._block(int(blocks[part.start]))
+            order, edges = self.shard_order(int(played.epochs[part.start]))
+            begin = first * self._seq_len
+            end = min((first + size) * self._seq_len, self.index.num_stream_tokens)
+            low = int(np.searchsorted(edges, begin, side="right")) - 1
+            high = int(np.searchsorted(edges, end - 1, side="right"))
+            num_bytes = int(self._tar_bytes[order[low:high]].sum())
+            found = BlockCost(max(found.num_shards, high - low), max(found.tar_bytes, num_bytes))
+        return found
+
+    def whole_epochs(self, played: Played) -> int:
+        """Returns how many epochs lie in the samples as a whole, each of their windows once.
+
+        Raises:
+            AssertionError: a window comes twice or not at all: the order is broken.
+        """
+        found = 0
+        windows = played.starts // self._seq_len
+        for part in runs_of(played.epochs):
+            counts = np.bincount(windows[part] - int(windows[part].min()))
+            if counts.max() > 1:
+                raise AssertionError(f"epoch {played.epochs[part.start]}: a window comes twice")
+            num_windows = part.stop - part.start
+            if num_windows == self.num_windows:
+                tokens = int((played.stops[part] - played.starts[part]).sum())
+                if tokens != self.index.num_stream_tokens or len(counts) != self.num_windows:
+                    raise AssertionError(f"epoch {played.epochs[part.start]}: a window is left out")
+                found += 1
+        return found
+
+    def _block(self, block: int) -> tuple[int, int]:
+        """Returns the first window of a shuffle block and its number of windows."""
+        first = block * self._block_size
+        return first, min(self._block_size, self.num_windows - first)
+
+
+def runs_of(*columns: np.ndarray) -> Iterator[slice]:
+    """Yields the stretches in which none of the columns changes.
+
+    Args:
+        columns: (n,) each, at least one.
+    """
+    size = len(columns[0])
+    if not size:
+        return
+    changes = np.zeros(size - 1, dtype=bool)
+    for column in columns:
+        changes |= column[1:] != column[:-1]
+    edges = [0, *(np.flatnonzero(changes) + 1).tolist(), size]
+    for begin, end in pairwise(edges):
+        yield slice(begin, end)

@@ -1,0 +1,300 @@
+"""Plays the order of a run from its indexes alone: what it trains on, which shards it touches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from data_pipeline.config import DataConfig
+from data_pipeline.errors import InputError
+from data_pipeline.index import read_index
+from data_pipeline.inspect import text_table
+from data_pipeline.mixture import Mixture, source_quotas
+from data_pipeline.order import KEPT_SHARDS
+from data_pipeline.played import BlockCost, PlayedSource
+from data_pipeline.storage import open_storage
+
+MOST_SAMPLES = 10_000_000
+"""Samples in one simulation; about 200 bytes of memory each."""
+
+
+class SourceFigures(NamedTuple):
+    """What one source gives in a simulation."""
+
+    label: str
+    weight: float
+    quota: int
+    """Samples of each period of the mixture."""
+    num_samples: int
+    num_tokens: int
+    end_epochs: float
+    """Epochs behind it at the end of the simulation."""
+    run_epochs: float
+    """Epochs behind it at the end of the run."""
+    epoch_tokens: int
+    """Stream tokens of one epoch."""
+    whole_epochs: int
+    """Epochs that lie in the simulation as a whole: each window of theirs was seen once."""
+    block: BlockCost
+    """The largest shuffle block of the simulation."""
+
+
+class StepFigures(NamedTuple):
+    """Distinct shards that one optimizer step touches."""
+
+    job_mean: float
+    job_max: int
+    rank_mean: float
+    rank_max: int
+
+
+class Simulation(NamedTuple):
+    """What a stretch of a run does."""
+
+    start: int
+    num_samples: int
+    period: int
+    """Samples in which the mixture meets its quotas exactly."""
+    sources: tuple[SourceFigures, ...]
+    steps: StepFigures
+    num_steps: int
+    """Whole steps that the figures of the steps are taken over."""
+    open_shards: int
+    """Most shards that one reading process keeps open."""
+    cache_bytes: int
+    """Of the tar files of one shuffle block of every source."""
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """What a simulation must know of the run besides its data."""
+
+    global_batch_size: int
+    data_parallel_size: int
+    train_samples: int
+    """Samples of the whole run."""
+
+
+class Simulator:
+    """A stretch of the samples of a run, played."""
+
+    def __init__(self, data: DataConfig, start: int, num_samples: int) -> None:
+        """Reads the indexes of the train sources and plays the stretch.
+
+        Args:
+            data: sources, seq_len, seed (None counts as 0), shuffle_block.
+            start: first sample, >= 0.
+            num_samples: 1 to MOST_SAMPLES.
+
+        Raises:
+            InputError: no source, an unusable one, or too many samples.
+            StorageError: the storage does not answer.
+        """
+        if not data.train:
+            raise InputError("data.train = [], must name a shard folder; add {path: FOLDER}")
+        if start < 0:
+            raise InputError(f"--start {start}: must be >= 0; count from the run's beginning")
+        if not 1 <= num_samples <= MOST_SAMPLES:
+            raise InputError(
+                f"--samples {num_samples}: must be 1 to {MOST_SAMPLES}; play a longer stretch in "
+                "parts with --start"
+            )
+        self.data, self.start, self.num_samples = data, start, num_samples
+        self.mixture = Mixture(source_quotas(data.train, "train"), data.seed or 0)
+        self.sources = [
+            PlayedSource(
+                read_index(source.path, open_storage(source.path, data.storage)), data, key
+            )
+            for key, source in enumerate(data.train)
+        ]
+        self.owners = self._owners()
+        before = self.mixture.counts(start)
+        self.played = [
+            source.play(start + np.flatnonzero(self.owners == key), first)
+            for key, (source, first) in enumerate(zip(self.sources, before, strict=True))
+        ]
+
+    def figures(self, shape: RunShape) -> Simulation:
+        """Returns what the stretch does.
+
+        Raises:
+            InputError: the global batch cannot be shared by the ranks.
+            AssertionError: the order breaks one of its promises.
+        """
+        self._check_quotas()
+        steps, num_steps, open_shards = self._step_figures(shape)
+        sources = tuple(self._source_figures(shape, key) for key in range(len(self.sources)))
+        return Simulation(
+            start=self.start,
+            num_samples=self.num_samples,
+            period=self.mixture.period,
+            sources=sources,
+            steps=steps,
+            num_steps=num_steps,
+            open_shards=open_shards,
+            cache_bytes=sum(source.block.tar_bytes for source in sources),
+        )
+
+    def lines(self) -> Iterator[str]:
+        """Yields one line per sample: number, source, epoch, stream places, shards."""
+        nexts = [0] * len(self.sources)
+        for number, owner in enumerate(self.owners.tolist(), self.start):
+            at, played, source = nexts[owner], self.played[owner], self.sources[owner]
+            nexts[owner] += 1
+            epoch = int(played.epochs[at])
+            order, _ = source.shard_order(epoch)
+            turns = range(int(played.first_turns[at]), int(played.last_turns[at]) + 1)
+            shards = " ".join(source.index.shards[int(order[turn])].name for turn in turns)
+            places = f"[{played.starts[at]}, {played.stops[at]})"
+            yield f"{number}  {self.data.train[owner].label}  epoch {epoch}  {places}  {shards}"
+
+    def _owners(self) -> np.ndarray:
+        """Returns the source of each sample, int64 (num_samples,)."""
+        if len(self.sources) == 1:
+            return np.zeros(self.num_samples, dtype=np.int64)
+        numbers = range(self.start, self.start + self.num_samples)
+        return np.fromiter(
+            (self.mixture.turn(number).source for number in numbers), np.int64, self.num_samples
+        )
+
+    def _check_quotas(self) -> None:
+        """Raises AssertionError where a whole period does not meet the quotas exactly."""
+        period = self.mixture.period
+        first = -self.start % period
+        whole = (self.num_samples - first) // period
+        if whole > 0:
+            periods = self.owners[first : first + whole * period].reshape(whole, period)
+            for source, quota in enumerate(self.mixture.quotas):
+                if ((periods == source).sum(axis=1) != quota).any():
+                    raise AssertionError(f"source {source} does not meet its quota in a period")
+
+    def _source_figures(self, shape: RunShape, key: int) -> SourceFigures:
+        source, played, config = self.sources[key], self.played[key], self.data.train[key]
+        end = self.start + self.num_samples
+        return SourceFigures(
+            label=config.label,
+            weight=float(config.weight),
+            quota=self.mixture.quotas[key],
+            num_samples=len(played.samples),
+            num_tokens=int((played.stops - played.starts).sum()),
+            end_epochs=self.mixture.counts(end)[key] / source.num_windows,
+            run_epochs=self.mixture.counts(shape.train_samples)[key] / source.num_windows,
+            epoch_tokens=source.index.num_stream_tokens,
+            whole_epochs=source.whole_epochs(played),
+            block=source.largest_block(played),
+        )
+
+    def _step_figures(self, shape: RunShape) -> tuple[StepFigures, int, int]:
+        batch, ranks = shape.global_batch_size, shape.data_parallel_size
+        if batch % ranks:
+            raise InputError(
+                f"--data-parallel-size {ranks}: training.global_batch_size = {batch} must be a "
+                "multiple of it; change one of them"
+            )
+        numbers: list[np.ndarray] = []
+        shards: list[np.ndarray] = []
+        offsets = self._shard_offsets()
+        open_shards = 0
+        for source, played, offset in zip(self.sources, self.played, offsets, strict=True):
+            entries, touched = source.touched(played)
+            numbers.append(played.samples[entries])
+            shards.append(touched + offset)
+            open_shards += min(len(np.unique(touched)), KEPT_SHARDS)
+        sample, shard = np.concatenate(numbers), np.concatenate(shards)
+        first_step = -(-self.start // batch)
+        num_steps = max((self.start + self.num_samples) // batch - first_step, 0)
+        inside = (sample >= first_step * batch) & (sample < (first_step + num_steps) * batch)
+        rank = sample[inside] // (batch // ranks) - first_step * ranks
+        job = _distinct(rank // ranks, shard[inside], num_steps)
+        each = _distinct(rank, shard[inside], num_steps * ranks)
+        figures = StepFigures(*_mean_and_max(job), *_mean_and_max(each))
+        return figures, num_steps, open_shards
+
+    def _shard_offsets(self) -> list[int]:
+        """Returns what to add to each source's shard numbers; one number per folder."""
+        offsets: dict[str, int] = {}
+        total = 0
+        for source in self.sources:
+            if source.index.location not in offsets:
+                offsets[source.index.location] = total
+                total += len(source.index.shards)
+        return [offsets[source.index.location] for source in self.sources]
+
+
+def _distinct(groups: np.ndarray, shards: np.ndarray, num_groups: int) -> np.ndarray:
+    """Returns the number of different shards of each group, int64 (num_groups,)."""
+    if not len(groups):
+        return np.zeros(num_groups, dtype=np.int64)
+    width = int(shards.max()) + 1
+    pairs = np.unique(groups * width + shards)
+    return np.bincount(pairs // width, minlength=num_groups)
+
+
+def _mean_and_max(counts: Sequence[int] | np.ndarray) -> tuple[float, int]:
+    return (float(np.mean(counts)), int(np.max(counts))) if len(counts) else (0.0, 0)
+
+
+def render_simulation(found: Simulation, data: DataConfig, shape: RunShape) -> str:
+    """Returns what `megadlcm data simulate` prints."""
+    table = text_table(
+        (
+            "source",
+            "weight",
+            "quota",
+            "samples",
+            "tokens",
+            "epochs at end",
+            "epoch tokens",
+            "epochs of run",
+            "block shards",
+            "block bytes",
+        ),
+        [
+            (
+                source.label,
+                f"{source.weight:g}",
+                f"{source.quota:,}",
+                f"{source.num_samples:,}",
+                f"{source.num_tokens:,}",
+                f"{source.end_epochs:.4g}",
+                f"{source.epoch_tokens:,}",
+                f"{source.run_epochs:.4g}",
+                f"{source.block.num_shards:,}",
+                f"{source.block.tar_bytes:,}",
+            )
+            for source in found.sources
+        ],
+    )
+    whole = sum(source.whole_epochs for source in found.sources)
+    steps, end = found.steps, found.start + found.num_samples
+    enough = "enough" if data.cache_bytes >= found.cache_bytes else "TOO SMALL"
+    facts = [
+        ("samples", f"{found.start:,} to {end - 1:,} of {shape.train_samples:,} of the run"),
+        ("mixture", f"a period of {found.period:,} samples gives each source its quota"),
+        ("steps", f"{found.num_steps:,} whole ones of {shape.global_batch_size:,} samples"),
+        ("shards a step", f"mean {steps.job_mean:.1f}, most {steps.job_max:,} (whole job)"),
+        (
+            "shards a rank",
+            f"mean {steps.rank_mean:.1f}, most {steps.rank_max:,} a step "
+            f"({shape.data_parallel_size:,} data-parallel ranks)",
+        ),
+        ("open shards", f"at most {found.open_shards:,} in a reading process"),
+        (
+            "cache",
+            f"{found.cache_bytes:,} bytes hold one shuffle block of every source; "
+            f"data.cache_bytes = {data.cache_bytes:,} is {enough} (only URLs are cached)",
+        ),
+        ("checked", f"no window twice in an epoch; {whole:,} whole epochs: each window once"),
+    ]
+    for source in found.sources:
+        if source.block.num_shards > KEPT_SHARDS:
+            advice = (
+                f"a shuffle block of {source.label} touches {source.block.num_shards:,} shards, a "
+                f"process keeps {KEPT_SHARDS} at hand and reads their tables again and again; "
+                "lower data.shuffle_block or prepare larger shards"
+            )
+            facts.append(("slow", advice))
+    return "\n".join([table, "", *(f"{name:<15}{value}" for name, value in facts)])
