@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 
 from data_pipeline.errors import InputError
+from data_pipeline.records import load_array
 from data_pipeline.storage import Location, Storage, open_storage
 
 INDEX_FILE = "index.json"
@@ -187,7 +188,8 @@ def read_index(location: Location, storage: Storage | None = None) -> ShardIndex
     where = storage.location
     path = storage.path(INDEX_FILE)
     try:
-        contents = json.loads(storage.read_bytes(INDEX_FILE).decode("utf-8"))
+        text = storage.read_bytes(INDEX_FILE).decode("utf-8")
+        contents = json.loads(text, object_pairs_hook=_entries_once)
     except FileNotFoundError as error:
         what = "has no index.json, so it is none or was never finished"
         if not storage.exists():
@@ -232,7 +234,7 @@ def _read_rows(storage: Storage, contents: dict[str, Any]) -> np.ndarray:
         raise ValueError(f"{SHARDS_FILE} is missing") from error
     if hashlib.sha256(stored).hexdigest() != contents["shards_sha256"]:
         raise ValueError(f"{SHARDS_FILE} is not the one that was written with it")
-    rows: np.ndarray = np.load(io.BytesIO(stored), allow_pickle=False)
+    rows = load_array(io.BytesIO(stored))
     if rows.dtype != SHARD_DTYPE or rows.ndim != 1:
         raise ValueError(f"{SHARDS_FILE} has {rows.dtype}")
     return rows
@@ -295,6 +297,14 @@ def encode_index(index: ShardIndex) -> dict[str, bytes]:
     header["index_sha256"] = _header_digest(header)
     text = json.dumps(header, indent=2, ensure_ascii=False) + "\n"
     return {SHARDS_FILE: stored.getvalue(), INDEX_FILE: text.encode("utf-8")}
+
+
+def _entries_once(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns an object's entries; raises ValueError where one is there twice."""
+    found = dict(entries)
+    if len(found) != len(entries):
+        raise ValueError("an entry is there twice")
+    return found
 
 
 def _header_digest(header: dict[str, Any]) -> str:

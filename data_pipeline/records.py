@@ -19,7 +19,7 @@ import tarfile
 import zlib
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -139,11 +139,8 @@ def encode_table(rows: np.ndarray, checksums: np.ndarray, domains: Sequence[str]
 def decode_table(contents: bytes) -> DocumentTable:
     """Reads a document table; raises ValueError when the bytes are none."""
     stored = io.BytesIO(contents)
-    try:
-        rows, checksums, names = (np.load(stored, allow_pickle=False) for _ in range(3))
-        domains = json.loads(names.tobytes())
-    except (EOFError, OSError, SyntaxError) as error:
-        raise ValueError(str(error)) from error
+    rows, checksums, names = (load_array(stored) for _ in range(3))
+    domains = json.loads(names.tobytes())
     if rows.dtype != DOCUMENT_DTYPE or rows.ndim != 1 or not len(rows):
         raise ValueError(f"rows of {rows.dtype} {rows.shape}")
     counts = 1 + -(-rows["num_tokens"] // CHECKSUM_TOKENS)
@@ -154,6 +151,15 @@ def decode_table(contents: bytes) -> DocumentTable:
     if not named or rows["domain"].min() < 0 or rows["domain"].max() >= len(domains):
         raise ValueError("a document without a domain")
     return DocumentTable(rows, checksums, ends - counts + 1, tuple(domains))
+
+
+def load_array(file: BinaryIO) -> np.ndarray:
+    """Reads an array of the .npy format; raises ValueError where the bytes are none."""
+    try:
+        array: np.ndarray = np.load(file, allow_pickle=False)
+    except Exception as error:  # numpy's parser of headers lets through what Python's raises
+        raise ValueError(f"no array ({' '.join(str(error).split())})") from error
+    return array
 
 
 @lru_cache(maxsize=1 << 14)

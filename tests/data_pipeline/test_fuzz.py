@@ -7,11 +7,14 @@ that differs, under `skip` no token that was not written.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -181,13 +184,9 @@ def test_damage_is_named_or_harmless(
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(sound, copy)
     files = sorted(copy.iterdir())
-    before = [file.read_bytes() for file in files]
+    before = [meaning(file) for file in files]
     damage.apply(files)
-    changed = [file for file in files if not file.exists()] + [
-        file
-        for file, contents in zip(files, before, strict=True)
-        if file.exists() and file.read_bytes() != contents
-    ]
+    changed = [meaning(file) for file in files] != before
     said = outcome(copy, whole)
     OUTCOMES[said] += 1
     if changed:
@@ -195,6 +194,17 @@ def test_damage_is_named_or_harmless(
         assert problems, damage  # verify misses nothing, whatever reading makes of it
     else:
         assert said == "harmless"
+
+
+def meaning(file: Path) -> Any:
+    """The bytes of a file; those of an index without the blanks between its entries."""
+    if not file.exists():
+        return None
+    contents = file.read_bytes()
+    if file.name == "index.json":
+        with contextlib.suppress(ValueError):
+            return json.loads(contents, object_pairs_hook=list)
+    return contents
 
 
 def verify_says(folder: Path) -> list[str]:
