@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +25,8 @@ MEAN_TOKENS = 714
 LENGTH_SPREAD = 1.2
 """Standard deviation of the logarithm of a document's tokens, as text from the web has it."""
 BYTES_PER_TOKEN = 4
+_MODEL = {"type": "BPE", "vocab": {"<|endoftext|>": EOS_ID}, "merges": []}
+_TOKENIZER = json.dumps({"added_tokens": [], "model": _MODEL}).encode()
 
 
 def document_lengths(
@@ -68,6 +71,9 @@ def write_corpus(folder: Path, num_shards: int, shard_tokens: int, seed: int = 0
         rows.append(_write_shard(folder, number, first_document, documents))
         first_document += len(documents)
     index = _index_of(folder, np.array(rows, dtype=SHARD_DTYPE), "web")
+    from data_pipeline.tokenizer import TOKENIZER_FILE  # its library is no part of reading
+
+    (folder / TOKENIZER_FILE).write_bytes(_TOKENIZER)
     write_index(folder, index)
     return index
 
@@ -142,7 +148,7 @@ def _index_of(folder: Path, rows: np.ndarray, domain: str) -> ShardIndex:
         location=str(folder),
         shards=ShardList(rows),
         domains={domain: DomainCounts(*totals)},
-        tokenizer_sha256=hashlib.sha256(b"").hexdigest(),
+        tokenizer_sha256=hashlib.sha256(_TOKENIZER).hexdigest(),
         vocab_size=VOCAB_SIZE,
         eos_id=EOS_ID,
         max_token_id=EOS_ID,
