@@ -71,22 +71,24 @@ class ShardCache:
             )
         copy = self._folder / f"{name}.{sha256.hex()[:DIGEST_CHARACTERS]}"
         disk_was_full = False
-        while (file := self._open_copy(copy, size)) is None:
+        file = self._open_copy(copy, size)
+        while file is None:
             reserved = self._space.reserve(copy, size, remove_all=disk_was_full)
-            if reserved is None:  # somebody else has just made it
-                continue
             if isinstance(reserved, Entry):
                 _wait_for(reserved, path)
-                continue
-            try:
-                self._download(reserved, name, size, sha256, chunks)
-                self._space.keep(reserved, copy)
-            except DiskFullError:
-                if disk_was_full:
-                    raise
-                disk_was_full = True
-            finally:
-                reserved.discard()
+            elif reserved is not None:
+                try:
+                    self._download(reserved, name, size, sha256, chunks)
+                    with self._space.locked():  # or another process may remove it before it is open
+                        reserved.become(copy)
+                        file = self._open_copy(copy, size)
+                except DiskFullError:
+                    if disk_was_full:
+                        raise
+                    disk_was_full = True
+                finally:
+                    reserved.discard()
+            file = file or self._open_copy(copy, size)
         self._opened.add(name)
         return file
 

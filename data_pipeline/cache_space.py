@@ -101,11 +101,6 @@ class CacheSpace:
                         return downloads[0]  # will be a copy, which can be removed
                 _remove(copies.pop(0))
 
-    def keep(self, partial: Partial, copy: Path) -> None:
-        """Makes a finished download the copy."""
-        with self.locked():
-            partial.become(copy)
-
     def remove(self, folder: Path, name: str) -> bool:
         """Removes the copies of a shard, whatever bytes they should have; whether there was one."""
         with self.locked():
@@ -220,7 +215,7 @@ class Partial:
                 ) from error
 
     def become(self, copy: Path) -> None:
-        """Gives a finished download its name."""
+        """Gives a finished download its name; only while the space is locked."""
         os.replace(self.path, copy)
         self._is_copy = True
 

@@ -173,7 +173,7 @@ def _known_protocols(url: str) -> list[str]:
         except ImportError as error:
             raise InputError(
                 f"{url}: a package for {protocol}:// URLs is missing ({error}: "
-                f"{error.__cause__}); install it with pip"
+                f"{error.__cause__}); run `pip install 'megadlcm[remote]'`, or install that package"
             ) from error
     return protocols
 

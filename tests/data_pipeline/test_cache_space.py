@@ -247,7 +247,8 @@ def test_an_abandoned_download_is_removed_and_one_in_progress_is_not(tmp_path: P
     small = space.reserve(other, 40)
     assert isinstance(small, Partial) and bytes_in(tmp_path) == 100
     small.discard()
-    space.keep(partial, copy)
+    with space.locked():
+        partial.become(copy)
     partial.discard()
     assert space.reserve(copy, 60) is None
     assert files_in(tmp_path) == [copy]

@@ -142,7 +142,7 @@ def test_a_package_that_is_not_installed_is_named(
 ) -> None:
     entry = {"class": "absent_package.System", "err": "Install absent-package to read it"}
     monkeypatch.setitem(known_implementations, "absent", entry)
-    with pytest.raises(InputError, match=r"^absent://x: .*Install absent-package .*with pip"):
+    with pytest.raises(InputError, match=r"^absent://x: .*Install absent-package .*; run `pip"):
         open_storage("absent://x", options)
 
 
