@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,13 @@ example:
   megadlcm data prepare --input 'corpus/en/*.jsonl.gz' --input 'corpus/zh/*.jsonl.gz' \\
       --tokenizer tokenizer.json --output shards/mix
 
-inputs: .txt (one file, one document); .jsonl, .jsonl.gz, .jsonl.zst (one object a line with a
-`text` and, if known, id, domain and source); a directory (every text file below it)."""
+  megadlcm data prepare --input 'corpus/*.parquet' --tokenizer tokenizer.json \\
+      --output shards/mix --workers 16 --task $SLURM_ARRAY_TASK_ID --num-tasks 100
+
+inputs: .txt (one file, one document); .jsonl (one object a line with a `text` and, if known, id,
+domain and source), both also as .gz and .zst; .parquet (such columns); a directory (every text file
+below it). A prepare that was stopped or killed goes on when it is called again in the same way; so
+does a task of an array, and whichever task is last finishes the folder."""
 
 TOKENIZER_EXAMPLE = """\
 example:
@@ -81,10 +87,34 @@ def add_data_parser(subparsers: Any) -> Any:
         metavar="NAME",
         help="domain of documents that name none (default: code in source trees, else text)",
     )
-    prepare.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="encoding processes (default: 1)"
-    )
     prepare.add_argument("--skip-empty", action="store_true", help="leave out empty documents")
+    for name, what in (("min", "fewer"), ("max", "more")):
+        prepare.add_argument(
+            f"--{name}-tokens", type=int, metavar="N", help=f"leave out documents of {what} tokens"
+        )
+    prepare.add_argument(
+        "--deduplicate", action="store_true", help="keep the first of documents with equal texts"
+    )
+    prepare.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="encoding processes (default: 1, on all cores)",
+    )
+    prepare.add_argument(
+        "--task", type=int, default=0, metavar="I", help="number of this task, from 0 (default: 0)"
+    )
+    prepare.add_argument(
+        "--num-tasks", type=int, default=1, metavar="N", help="tasks that share the work"
+    )
+    prepare.add_argument(
+        "--part-bytes",
+        type=int,
+        default=256 << 20,
+        metavar="N",
+        help="input that a task takes up at once; shards end with it (default: %(default)s)",
+    )
     prepare.add_argument("--overwrite", action="store_true", help="replace finished shards")
     prepare.set_defaults(func=run_prepare)
 
@@ -94,23 +124,27 @@ def add_data_parser(subparsers: Any) -> Any:
 
 def run_tokenizer(arguments: argparse.Namespace) -> int:
     """Trains a tokenizer on the documents and writes its tokenizer.json."""
-    from data_pipeline.documents import ReadCounts, find_inputs, read_documents
+    from data_pipeline.documents import describe_left_out, read_documents
+    from data_pipeline.inputs import find_inputs
     from data_pipeline.output_folder import make_output_folder, write_durably
+    from data_pipeline.pieces import ReadProgress
     from data_pipeline.progress import Progress, say
     from data_pipeline.tokenizer import decode_tokenizer, train_tokenizer
 
     output: Path = arguments.output
     _check_tokenizer_file(output, arguments.overwrite)
-    counts = ReadCounts()
-    files = find_inputs(arguments.input, counts)
+    left_out: Counter[str] = Counter()
+    files = find_inputs(arguments.input, left_out)
     make_output_folder(output.parent, "--output")
-    total = sum(file.path.stat().st_size for file in files)
+    total = sum(file.num_bytes for file in files)
+    read = ReadProgress()
 
     def texts() -> Iterator[str]:
         number = 0
         with Progress("read", total, "documents") as progress:
-            for number, document in enumerate(read_documents(files, counts, skip_empty=True), 1):
-                progress.update(counts.done_bytes, number)
+            documents = read_documents(files, read, left_out, skip_empty=True)
+            for number, document in enumerate(documents, 1):
+                progress.update(read.done_bytes, number)
                 yield document.text
         if number:
             say(f"merging to {arguments.vocab_size:,} entries; for a large corpus it takes minutes")
@@ -118,8 +152,8 @@ def run_tokenizer(arguments: argparse.Namespace) -> int:
     contents = train_tokenizer(texts(), arguments.vocab_size)
     write_durably(output, contents)
     trained = decode_tokenizer(contents, output)
-    if counts.left_out:
-        print(f"left out: {counts.left_out}")
+    if left_out:
+        print(f"left out: {describe_left_out(left_out)}")
     print(f"{output}: {trained.vocab_size:,} entries, eos {trained.eos_id}")
     if trained.vocab_size < arguments.vocab_size:
         print(f"the text gave no more than that; --vocab-size was {arguments.vocab_size:,}")
@@ -142,7 +176,8 @@ def _check_tokenizer_file(output: Path, overwrite: bool) -> None:
 
 
 def run_prepare(arguments: argparse.Namespace) -> int:
-    """Writes a shard folder and prints what is in it by domain."""
+    """Writes a shard folder, or a task's share of it, and prints what is in it by domain."""
+    from data_pipeline.documents import describe_left_out
     from data_pipeline.inspect import domain_table
     from data_pipeline.write_shards import PrepareOptions, prepare
 
@@ -155,12 +190,23 @@ def run_prepare(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
         skip_empty=arguments.skip_empty,
         overwrite=arguments.overwrite,
+        min_tokens=arguments.min_tokens,
+        max_tokens=arguments.max_tokens,
+        deduplicate=arguments.deduplicate,
+        part_bytes=arguments.part_bytes,
+        task=arguments.task,
+        num_tasks=arguments.num_tasks,
     )
-    index, counts = prepare(options)
-    print(domain_table(index.domains))
-    if counts.left_out:
-        print(f"left out: {counts.left_out}")
-    print(f"{options.output}: {len(index.shards):,} shards")
+    prepared = prepare(options)
+    if prepared.index is not None:
+        print(domain_table(prepared.index.domains))
+    if prepared.left_out:
+        print(f"left out: {describe_left_out(prepared.left_out)}")
+    if prepared.index is not None:
+        earlier = ", already finished" if prepared.was_finished else ""
+        print(f"{options.output}: {len(prepared.index.shards):,} shards{earlier}")
+    else:
+        print(f"{options.output}: {prepared.whats_missing}")
     return 0
 
 

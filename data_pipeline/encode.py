@@ -1,24 +1,105 @@
-"""Documents to tokens, in order, by this process or by several."""
+"""Batches of pieces to ready tar records, or to digests of their texts; here or in many processes.
+
+A batch is a function of its pieces alone, and results come in the order of the batches: nothing
+depends on the number of processes.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
+import os
+import signal
+import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from data_pipeline.documents import TextDocument
+from data_pipeline.documents import EMPTY, TextDocument, empty_document, piece_documents
+from data_pipeline.pieces import Piece
+from data_pipeline.records import DOCUMENT_DTYPE, encode_record
 from data_pipeline.tokenizer import Tokenizer, decode_tokenizer
 
 BATCH_BYTES = 1 << 20
-BATCH_DOCUMENTS = 1024
+BATCH_PIECES = 1024
 WAITING_BATCHES = 4
 """Batches handed to each worker ahead of the writer; bounds the memory."""
 
-_worker_tokenizer: Tokenizer | None = None
+DUPLICATE = "duplicates"
+TOO_SHORT = "too short"
+TOO_LONG = "too long"
+DIGEST_BYTES = 16
+
+Result = TypeVar("Result")
+
+
+class Batch(NamedTuple):
+    """What is handed to a worker at once."""
+
+    part: int
+    """Number of the part; names its records."""
+    pieces: tuple[Piece, ...]
+    duplicates: frozenset[int]
+    """Numbers of records in the part that repeat an earlier text."""
+    is_last: bool
+    """Whether the part ends with it."""
+
+
+class EncodedBatch(NamedTuple):
+    """The documents of a batch that are kept, and what became of the others."""
+
+    contents: bytes
+    """Their tar records."""
+    rows: np.ndarray
+    """DOCUMENT_DTYPE (num_documents,): offsets count from the beginning of `contents`."""
+    numbers: np.ndarray
+    """int64 (num_documents,): numbers of their records in the part."""
+    checksums: np.ndarray
+    """uint32, those of all documents one after the other."""
+    checksum_ends: np.ndarray
+    """int64 (num_documents,): where those of each document end."""
+    domains: tuple[str, ...]
+    """Names by the number in the rows."""
+    max_token_id: int
+    left_out: tuple[tuple[int, str], ...]
+    """Number of the record and the reason, in the order of the numbers."""
+
+
+class TextDigests(NamedTuple):
+    """The texts of a batch by digest."""
+
+    digests: bytes
+    """DIGEST_BYTES for each."""
+    numbers: np.ndarray
+    """int64 (num_texts,): numbers of their records in the part."""
+
+
+@dataclass(frozen=True)
+class DocumentRules:
+    """Which documents are kept, and what those are called that do not say it."""
+
+    domain: str | None = None
+    """Domain of documents that name none; None means "code" in source trees, else "text"."""
+    skip_empty: bool = False
+    """Leave out documents without tokens instead of refusing them."""
+    min_tokens: int | None = None
+    """Leave out documents with fewer tokens."""
+    max_tokens: int | None = None
+    """Leave out documents with more tokens."""
+
+    def reason_against(self, num_tokens: int) -> str:
+        """Returns why a document of so many tokens is left out, or an empty string."""
+        if self.min_tokens is not None and num_tokens < self.min_tokens:
+            return TOO_SHORT
+        if self.max_tokens is not None and num_tokens > self.max_tokens:
+            return TOO_LONG
+        return ""
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
@@ -26,69 +107,235 @@ def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
-def encode_documents(
-    documents: Iterable[TextDocument], tokenizer: Tokenizer, workers: int = 1
-) -> Iterator[tuple[TextDocument, np.ndarray]]:
-    """Yields each document with its tokens, in the order given, whatever the number of workers.
+def make_batches(
+    part: int, pieces: Iterable[Piece], duplicates: np.ndarray | None = None
+) -> Iterator[Batch]:
+    """Yields the pieces of a part in batches of about BATCH_BYTES, the last of them marked.
 
     Args:
-        documents: read as needed, a bounded number ahead.
-        tokenizer: encodes the text alone.
-        workers: 1 encodes here (the library uses all cores); more starts that many processes,
-            which pays where turning the tokens into arrays is the bottleneck.
+        part: its number.
+        pieces: read as needed.
+        duplicates: sorted int64: numbers of records to leave out as repeated.
     """
-    if workers == 1:
-        for batch in _batches(documents):
-            encoded = tokenizer.encode_batch([document.text for document in batch])
-            dtype = token_dtype(tokenizer.vocab_size)
-            for document, ids in zip(batch, encoded, strict=True):
-                yield document, np.array(ids, dtype=dtype)
-        return
-    # spawn: the tokenizers library keeps threads, which a fork would lose while it holds locks.
-    # Contents and not only the path: the file may be gone by the time a worker starts.
-    given = (tokenizer.contents, tokenizer.path)
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, given)
-    waiting: deque[tuple[list[TextDocument], Future[list[np.ndarray]]]] = deque()
-    try:
-        for batch in _batches(documents):
-            texts = [document.text for document in batch]
-            waiting.append((batch, pool.submit(_encode_in_worker, texts)))
-            if len(waiting) >= workers * WAITING_BATCHES:
-                yield from _next_result(waiting)
-        while waiting:
-            yield from _next_result(waiting)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _next_result(
-    waiting: deque[tuple[list[TextDocument], Future[list[np.ndarray]]]],
-) -> Iterator[tuple[TextDocument, np.ndarray]]:
-    batch, future = waiting.popleft()
-    yield from zip(batch, future.result(), strict=True)
-
-
-def _batches(documents: Iterable[TextDocument]) -> Iterator[list[TextDocument]]:
-    batch: list[TextDocument] = []
+    repeated = np.empty(0, dtype=np.int64) if duplicates is None else duplicates
+    waiting: list[Piece] = []
     size = 0
-    for document in documents:
-        batch.append(document)
-        size += document.num_bytes
-        if size >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+
+    def batch(is_last: bool) -> Batch:
+        bounds = (waiting[0].start.number, waiting[-1].end_number) if waiting else (0, 0)
+        first, end = np.searchsorted(repeated, bounds)
+        return Batch(part, tuple(waiting), frozenset(repeated[first:end].tolist()), is_last)
+
+    for piece in pieces:
+        if size >= BATCH_BYTES or len(waiting) >= BATCH_PIECES:
+            yield batch(is_last=False)
+            waiting, size = [], 0
+        waiting.append(piece)
+        size += len(piece.contents)
+    yield batch(is_last=True)
 
 
-def _start_worker(contents: bytes, path: Path) -> None:
-    global _worker_tokenizer
-    _worker_tokenizer = decode_tokenizer(contents, path)
+def encode_batch(batch: Batch, tokenizer: Tokenizer, rules: DocumentRules) -> EncodedBatch:
+    """Returns the tar records of a batch.
+
+    Raises:
+        InputError: a flaw of the input; names file and line.
+    """
+    left_out: list[tuple[int, str]] = []
+    numbered = list(_kept_texts(batch, rules, left_out))
+    encoded = tokenizer.encode_batch([document.text for _, document in numbered])
+    kept: list[tuple[int, TextDocument, np.ndarray]] = []
+    dtype = token_dtype(tokenizer.vocab_size)
+    for (number, document), ids in zip(numbered, encoded, strict=True):
+        if not ids and not rules.skip_empty:
+            raise empty_document(document)
+        reason = rules.reason_against(len(ids)) if ids else EMPTY
+        if reason:
+            left_out.append((number, reason))
+        else:
+            kept.append((number, document, np.array(ids, dtype=dtype)))
+    return join_records(batch.part, kept, tuple(sorted(left_out)))
 
 
-def _encode_in_worker(texts: Sequence[str]) -> list[np.ndarray]:
-    if _worker_tokenizer is None:
+def _kept_texts(
+    batch: Batch, rules: DocumentRules, left_out: list[tuple[int, str]]
+) -> Iterator[tuple[int, TextDocument]]:
+    for piece in batch.pieces:
+        for number, found in piece_documents(piece, rules.domain):
+            if not isinstance(found, TextDocument):
+                left_out.append((number, found))
+            elif number in batch.duplicates:
+                left_out.append((number, DUPLICATE))
+            elif found.text:
+                yield number, found
+            elif rules.skip_empty:
+                left_out.append((number, EMPTY))
+            else:
+                raise empty_document(found)
+
+
+def join_records(
+    part: int,
+    documents: Iterable[tuple[int, TextDocument, np.ndarray]],
+    left_out: tuple[tuple[int, str], ...] = (),
+) -> EncodedBatch:
+    """Returns the records of documents one after the other.
+
+    Args:
+        part: number of the part they are in.
+        documents: number of the record in its part, document, tokens; unsigned (num_tokens,).
+        left_out: handed on.
+    """
+    contents: list[bytes] = []
+    rows: list[tuple[int, ...]] = []
+    numbers: list[int] = []
+    checksums: list[np.ndarray] = []
+    domains: dict[str, int] = {}
+    size = max_token_id = 0
+    for number, document, tokens in documents:
+        metadata: dict[str, object] = {
+            "id": document.id,
+            "domain": document.domain,
+            "source": document.source,
+            "num_bytes": document.num_bytes,
+            "num_tokens": len(tokens),
+        }
+        record = encode_record(f"{part:06d}-{number:012d}", metadata, tokens)
+        domain = domains.setdefault(document.domain, len(domains))
+        at = size + record.tokens_at
+        rows.append((size, at, len(tokens), document.num_bytes, record.metadata_bytes, domain))
+        contents.append(record.contents)
+        checksums.append(record.checksums)
+        numbers.append(number)
+        size += len(record.contents)
+        max_token_id = max(max_token_id, int(tokens.max()))
+    return EncodedBatch(
+        contents=b"".join(contents),
+        rows=np.array(rows, dtype=DOCUMENT_DTYPE),
+        numbers=np.array(numbers, dtype=np.int64),
+        checksums=np.concatenate([np.empty(0, dtype="<u4"), *checksums]),
+        checksum_ends=np.cumsum([len(own) for own in checksums], dtype=np.int64),
+        domains=tuple(domains),
+        max_token_id=max_token_id,
+        left_out=left_out,
+    )
+
+
+def digest_batch(batch: Batch, tokenizer: Tokenizer, rules: DocumentRules) -> TextDigests:
+    """Returns the digest of each text of a batch that is not empty.
+
+    Args:
+        batch: its pieces.
+        tokenizer: not used; what `Encoders.map` runs has one signature.
+        rules: whether empty documents are left out.
+
+    Raises:
+        InputError: a flaw of the input; names file and line.
+    """
+    texts = list(_kept_texts(batch, rules, []))
+    digests = (
+        hashlib.blake2b(document.text.encode("utf-8"), digest_size=DIGEST_BYTES).digest()
+        for _, document in texts
+    )
+    numbers = np.array([number for number, _ in texts], dtype=np.int64)
+    return TextDigests(b"".join(digests), numbers)
+
+
+Work = Callable[[Batch, Tokenizer, DocumentRules], Result]
+
+
+class Encoders:
+    """Runs work on batches in order, here or in processes; a context manager."""
+
+    def __init__(self, tokenizer: Tokenizer, rules: DocumentRules, workers: int) -> None:
+        """Starts no process yet; with one worker there is none, the library's threads do it."""
+        self._tokenizer, self._rules, self._workers = tokenizer, rules, workers
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Encoders:
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends the processes; what they have begun is not waited for longer than a batch."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def map(self, work: Work[Result], batches: Iterable[Batch]) -> Iterator[tuple[Batch, Result]]:
+        """Yields each batch with its result, in order; of several errors the first in that order.
+
+        Args:
+            work: a function of this module.
+            batches: read as needed, a bounded number ahead.
+
+        Raises:
+            InputError: a flaw of the input.
+            RuntimeError: a process died.
+        """
+        if self._workers == 1:
+            for batch in batches:
+                yield batch, work(batch, self._tokenizer, self._rules)
+            return
+        pool = self._pool = self._pool or self._start()
+        waiting: deque[tuple[Batch, Future[Result]]] = deque()
+        failure: list[Exception] = []
+        try:
+            for batch in _until_failure(batches, failure):
+                waiting.append((batch, pool.submit(_work_in_worker, work, batch)))
+                if len(waiting) >= self._workers * WAITING_BATCHES:
+                    yield _first(waiting)
+            while waiting:
+                yield _first(waiting)
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "an encoding process ended without a word, mostly for want of memory; start the "
+                "same command again with fewer --workers: it goes on where it was"
+            ) from error
+        if failure:
+            raise failure[0]
+
+    def _start(self) -> ProcessPoolExecutor:
+        # spawn: the tokenizers library keeps threads, which a fork would lose while it holds locks.
+        # Contents and not only the path: the file may be gone by the time a worker starts.
+        given = (self._tokenizer.contents, self._tokenizer.path, self._rules)
+        context = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(self._workers, context, _start_worker, given)
+
+
+def _until_failure(batches: Iterable[Batch], failure: list[Exception]) -> Iterator[Batch]:
+    """Yields batches until reading fails; what was read before may hold an earlier flaw."""
+    try:
+        yield from batches
+    except Exception as error:
+        failure.append(error)
+
+
+def _first(waiting: deque[tuple[Batch, Future[Result]]]) -> tuple[Batch, Result]:
+    batch, future = waiting.popleft()
+    return batch, future.result()
+
+
+_worker: tuple[Tokenizer, DocumentRules] | None = None
+
+
+def _start_worker(contents: bytes, path: Path, rules: DocumentRules) -> None:
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the work and says so once
+    # A worker is one of many: the library would start a thread per core in each of them.
+    os.putenv("TOKENIZERS_PARALLELISM", "false")
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    _worker = decode_tokenizer(contents, path), rules
+
+
+def _follow_parent() -> None:
+    """Ends this process when its parent was killed: nobody else would."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _work_in_worker(work: Work[Result], batch: Batch) -> Result:
+    if _worker is None:
         raise AssertionError("the worker has no tokenizer")
-    dtype = token_dtype(_worker_tokenizer.vocab_size)
-    # One by one: encode_batch would start a thread per core in every worker.
-    return [np.array(_worker_tokenizer.encode(text), dtype=dtype) for text in texts]
+    return work(batch, *_worker)

@@ -18,9 +18,10 @@ def say(line: str) -> None:
 class Progress:
     """Shows a share done, a rate and the time left on stderr; a context manager."""
 
-    def __init__(self, title: str, total: int, unit: str) -> None:
-        """Starts at nothing of `total`; `unit` names what the rate counts."""
+    def __init__(self, title: str, total: int, unit: str, done: int = 0) -> None:
+        """Starts at `done` of `total`, done earlier; `unit` names what the rate counts."""
         self._title, self._total, self._unit = title, total, unit
+        self._done_earlier = done
         self._started = time.monotonic()
         self._last_line = self._started
         self._update_bar: Callable[[int, str], object] | None = None
@@ -75,5 +76,8 @@ class Progress:
         self._last_line = time.monotonic()
         share = done / self._total if self._total else 1.0
         elapsed = self._last_line - self._started
-        left = f", {elapsed * (1 - share) / share:.0f} s left" if 0 < share < 1 else ""
+        own = done - self._done_earlier
+        left = (
+            f", {elapsed * (self._total - done) / own:.0f} s left" if own > 0 and share < 1 else ""
+        )
         say(f"{self._title}: {share:.0%}, {self._rate(count)}, {elapsed:.0f} s{left}")

@@ -1,49 +1,34 @@
 """Documents to a shard folder: tar shards, their document tables, tokenizer.json, index.json last.
 
-The same documents and options give the same bytes. A folder without index.json is unfinished,
-whatever else it holds. Everything is written to a subfolder and moved up when all of it is there:
-what the folder held before outlives a prepare that fails.
+The same documents and options give the same bytes, whatever the number of processes and however
+often they are killed. A folder without index.json is unfinished, whatever else it holds. Everything
+is written to a subfolder and moved up when all of it is there: what the folder held before outlives
+a prepare that fails.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import re
-import shutil
-from contextlib import closing
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
-
-from data_pipeline.documents import (
-    ReadCounts,
-    TextDocument,
-    empty_document,
-    find_inputs,
-    read_documents,
-)
-from data_pipeline.encode import encode_documents, token_dtype
-from data_pipeline.errors import InputError
-from data_pipeline.index import (
-    INDEX_FILE,
-    SHARD_DTYPE,
-    DomainCounts,
-    ShardIndex,
-    ShardList,
-    encode_index,
-)
-from data_pipeline.output_folder import make_output_folder, sync_folder, write_durably
-from data_pipeline.progress import Progress
-from data_pipeline.records import DOCUMENT_DTYPE, archive_end, encode_record, encode_table
+from data_pipeline.deduplicate import duplicates_of, find_duplicates
+from data_pipeline.documents import describe_left_out
+from data_pipeline.encode import Batch, DocumentRules, Encoders, encode_batch, make_batches
+from data_pipeline.errors import InputError, StorageError
+from data_pipeline.index import INDEX_FILE, ShardIndex
+from data_pipeline.inputs import find_inputs
+from data_pipeline.locks import FileLock
+from data_pipeline.output_folder import make_output_folder
+from data_pipeline.parts import PartWriter, resume_part
+from data_pipeline.pieces import Piece, Position, ReadProgress, read_pieces
+from data_pipeline.plan import Plan
+from data_pipeline.progress import Progress, say
+from data_pipeline.publish import is_decided, is_published, publish, published
 from data_pipeline.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
-
-UNFINISHED_FOLDER = ".unfinished"
-OUR_FILES = re.compile(
-    r"shard-\d{6,}\.(tar|documents\.npy)|tokenizer\.json|index\.json.*|shards\.npy"
-)
+from data_pipeline.work_folder import DIGESTS_FILE, PART_LOCK, WorkFolder
 
 
 @dataclass(frozen=True)
@@ -65,55 +50,135 @@ class PrepareOptions:
     skip_empty: bool = False
     """Leave out and count documents without tokens instead of refusing them."""
     overwrite: bool = False
-    """Replace a finished shard folder, or another tokenizer.json in an unfinished one."""
+    """Replace a finished shard folder, another tokenizer.json, or the work of another plan."""
+    min_tokens: int | None = None
+    """Leave out and count documents with fewer tokens."""
+    max_tokens: int | None = None
+    """Leave out and count documents with more tokens."""
+    deduplicate: bool = False
+    """Leave out and count documents whose text occurred before."""
+    part_bytes: int = 256 << 20
+    """Input files are worked on in parts of this size; shards end where a part ends."""
+    task: int = 0
+    """Which parts are for this process: task, task + num_tasks, ..."""
+    num_tasks: int = 1
+    """Among how many processes the parts are shared; the result does not depend on it."""
+
+    @property
+    def rules(self) -> DocumentRules:
+        """Which documents are kept."""
+        return DocumentRules(self.domain, self.skip_empty, self.min_tokens, self.max_tokens)
 
 
-def prepare(options: PrepareOptions) -> tuple[ShardIndex, ReadCounts]:
-    """Writes a shard folder and returns its index and what was left out.
+@dataclass(frozen=True)
+class Prepared:
+    """How far a shard folder is."""
+
+    index: ShardIndex | None
+    """Of the finished folder; None while parts are missing, which other tasks are to do."""
+    left_out: Counter[str]
+    """Documents and files that are not in the shards, by reason; of the parts that are complete."""
+    num_parts: int
+    """Parts of the whole."""
+    missing_parts: tuple[int, ...] = ()
+    """Numbers of those that are not complete."""
+    num_tasks: int = 1
+    """Among how many tasks the parts are shared."""
+    was_finished: bool = False
+    """Whether the folder was finished before this call."""
+
+    @property
+    def whats_missing(self) -> str:
+        """Which parts are not complete, for people."""
+        tasks = sorted({part % self.num_tasks for part in self.missing_parts})
+        named = ", ".join(map(str, tasks[:20])) + (", ..." if len(tasks) > 20 else "")
+        return (
+            f"{len(self.missing_parts):,} of {self.num_parts:,} parts are missing, of the tasks "
+            f"{named} of {self.num_tasks}; the last to end finishes the folder"
+        )
+
+
+def prepare(options: PrepareOptions) -> Prepared:
+    """Writes a shard folder, or goes on with one.
+
+    A call with the same options continues where an earlier one was killed. What is finished at an
+    error stays for it, too.
+
+    Args:
+        options: what to do.
 
     Raises:
-        InputError: wrong options, an unusable input, or a finished folder in the way.
+        InputError: unusable options, a flaw of the input, a folder that must not be replaced, or
+            another process that does the same work.
+        StorageError: reading or writing fails.
     """
-    for name in ("shard_tokens", "workers"):
-        value = getattr(options, name)
-        if value < 1:
-            raise InputError(f"--{name.replace('_', '-')} {value}: must be >= 1; give a count")
+    _check_options(options)
     tokenizer = load_tokenizer(options.tokenizer)
-    counts = ReadCounts()
-    files = find_inputs(options.inputs, counts)
-    _check_output(options, tokenizer)
-    make_output_folder(options.output, "--output")
-    documents = read_documents(files, counts, options.domain, options.skip_empty)
-    total = sum(file.path.stat().st_size for file in files)
-    with (
-        closing(ShardFolderWriter(options.output, tokenizer, options.shard_tokens)) as writer,
-        Progress("prepare", total, "tokens") as progress,
-    ):
-        for document, tokens in encode_documents(documents, tokenizer, options.workers):
-            if len(tokens) == 0 and options.skip_empty:
-                counts.skipped_empty += 1
-                continue
-            writer.add(document, tokens)
-            progress.update(counts.done_bytes, writer.num_tokens)
-        if writer.num_documents == 0:
-            raise InputError(
-                f"--input {' '.join(options.inputs)}: no documents in {len(files)} files "
-                f"({counts.left_out or 'nothing left out'}); check the pattern"
-            )
-        progress.update(total, writer.num_tokens)
-        return writer.finish(), counts
+    left_out: Counter[str] = Counter()
+    plan = Plan(
+        files=tuple(find_inputs(options.inputs, left_out)),
+        tokenizer_sha256=tokenizer.sha256,
+        shard_tokens=options.shard_tokens,
+        part_bytes=options.part_bytes,
+        deduplicate=options.deduplicate,
+        rules=options.rules,
+        left_out=left_out,
+    )
+    work = WorkFolder(options.output)
+    try:
+        if not work.folder.exists() and _is_done(options, plan):
+            return Prepared(*published(options.output), len(plan.parts), was_finished=True)
+        _check_output(options, tokenizer, work, plan)
+        make_output_folder(options.output, "--output")
+        return _Preparation(options, plan, tokenizer, work).run()
+    except OSError as error:
+        raise StorageError(
+            f"--output {options.output}: {error.filename or 'a file'} cannot be written or read "
+            f"({error.strerror or error}); start the same command again when it can: it goes on"
+        ) from error
 
 
-def _check_output(options: PrepareOptions, tokenizer: Tokenizer) -> None:
+def _check_options(options: PrepareOptions) -> None:
+    for name in ("shard_tokens", "workers", "part_bytes", "num_tasks", "min_tokens", "max_tokens"):
+        value: int | None = getattr(options, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be >= 1; give a count")
+    if not 0 <= options.task < options.num_tasks:
+        raise InputError(
+            f"--task {options.task}: must be >= 0 and below --num-tasks {options.num_tasks}; "
+            "number the tasks from 0"
+        )
+    if options.max_tokens is not None and (options.min_tokens or 1) > options.max_tokens:
+        raise InputError(
+            f"--max-tokens {options.max_tokens}: must be >= --min-tokens {options.min_tokens}; "
+            "no document could pass"
+        )
+
+
+def _is_done(options: PrepareOptions, plan: Plan) -> bool:
+    """Whether nothing is to be done: not even to do it again, which one process alone may."""
+    again = options.overwrite and options.num_tasks == 1
+    return not again and is_published(options.output, plan)
+
+
+def _check_output(
+    options: PrepareOptions, tokenizer: Tokenizer, work: WorkFolder, plan: Plan
+) -> None:
     """Raises InputError where the folder holds what only --overwrite may replace."""
     output, kept = options.output, options.output / TOKENIZER_FILE
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output}: is a file, must be a folder; choose another name")
-    if options.overwrite:
+    stored = work.read_plan() if work.folder.is_dir() else None
+    if options.overwrite or stored == plan.contents or is_published(output, plan):
         return
     if (output / INDEX_FILE).exists():
         raise InputError(
             f"--output {output}: holds finished shards; choose another folder or pass --overwrite"
+        )
+    if stored is not None and work.holds_work():
+        raise InputError(
+            f"--output {output}: was begun by another plan ({plan.difference(stored)}); repeat "
+            "that command, choose another folder, or pass --overwrite to begin anew"
         )
     if kept.is_file() and kept.read_bytes() != tokenizer.contents:
         raise InputError(
@@ -123,158 +188,161 @@ def _check_output(options: PrepareOptions, tokenizer: Tokenizer) -> None:
 
 
 @dataclass
-class _OpenShard:
-    """A shard being written."""
+class _PartWork:
+    """A part that this process is at."""
 
-    name: str
-    file: BinaryIO
-    size: int = 0
-    num_tokens: int = 0
-    rows: list[tuple[int, ...]] = field(default_factory=list)
-    checksums: list[np.ndarray] = field(default_factory=list)
-    domains: dict[str, int] = field(default_factory=dict)
-    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
-
-    def write(self, contents: bytes) -> None:
-        """Appends bytes to the tar."""
-        self.file.write(contents)
-        self.digest.update(contents)
-        self.size += len(contents)
+    lock: FileLock
+    writer: PartWriter
+    end: Position
+    """Where its input ends, once all of it was read."""
 
 
-class ShardFolderWriter:
-    """Writes documents to a subfolder, shard after shard; finish() makes them a shard folder."""
+@dataclass
+class _Preparation:
+    """One process's share of a prepare."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, shard_tokens: int) -> None:
-        """Clears what a killed writer left; the rest of the folder stays as it is till finish()."""
-        self.num_documents = 0
-        self.num_tokens = 0
-        self._folder = folder
-        self._unfinished = folder / UNFINISHED_FOLDER
-        self._tokenizer = tokenizer
-        self._shard_tokens = shard_tokens
-        self._dtype = token_dtype(tokenizer.vocab_size)
-        self._max_token_id = tokenizer.eos_id
-        self._domains: dict[str, DomainCounts] = {}
-        self._shards: list[tuple[int | bytes, ...]] = []
-        self._open: _OpenShard | None = None
-        if self._unfinished.exists():
-            shutil.rmtree(self._unfinished)
-        self._unfinished.mkdir(parents=True)
+    options: PrepareOptions
+    plan: Plan
+    tokenizer: Tokenizer
+    work: WorkFolder
+    read: ReadProgress = field(default_factory=ReadProgress)
+    at: dict[int, _PartWork] = field(default_factory=dict)
 
-    def add(self, document: TextDocument, tokens: np.ndarray) -> None:
-        """Writes one document.
+    def run(self) -> Prepared:
+        """Does the parts of this task, and publishes when all are complete."""
+        with self.work.gate():
+            if self._settle():
+                return self._published(was_finished=True)
+            working = self.work.join()
+        try:
+            with working:
+                self._do_parts()
+                return self._finish()
+        except BaseException:
+            with self.work.gate():
+                if not self.work.holds_work():
+                    self.work.discard()
+                elif self.work.read_plan() is not None:
+                    say(f"what is finished stays in {self.work.folder}; the same command goes on")
+            raise
 
-        Args:
-            document: its text is not stored, only what its tokens cannot tell.
-            tokens: unsigned integer (num_tokens,), the text alone.
+    def _settle(self) -> bool:
+        """Sets the work folder up, or finishes it where that is all that is left to do."""
+        _check_output(self.options, self.tokenizer, self.work, self.plan)
+        stored = self.work.read_plan()
+        if stored == self.plan.contents:
+            if is_decided(self.work):
+                self._publish()
+                return True
+            return False
+        if _is_done(self.options, self.plan):
+            return True
+        if stored is not None:
+            self.work.clear()
+        self.work.begin(self.plan)
+        return False
 
-        Raises:
-            InputError: a document without tokens.
-        """
-        if len(tokens) == 0:
-            raise empty_document(document)
-        if self._open and self._open.num_tokens + len(tokens) > self._shard_tokens:
-            self._close_shard()
-        shard = self._open or self._new_shard()
-        metadata: dict[str, object] = {
-            "id": document.id,
-            "domain": document.domain,
-            "source": document.source,
-            "num_bytes": document.num_bytes,
-            "num_tokens": len(tokens),
-        }
-        record = encode_record(f"{self.num_documents:012d}", metadata, tokens)
-        earlier = self._domains.setdefault(document.domain, DomainCounts(0, 0, 0))
-        domain = shard.domains.setdefault(document.domain, len(shard.domains))
-        shard.rows.append(
-            (
-                shard.size,
-                shard.size + record.tokens_at,
-                len(tokens),
-                document.num_bytes,
-                record.metadata_bytes,
-                domain,
-            )
-        )
-        shard.checksums.append(record.checksums)
-        shard.write(record.contents)
-        shard.num_tokens += len(tokens)
-        self.num_documents += 1
-        self.num_tokens += len(tokens)
-        self._max_token_id = max(self._max_token_id, int(tokens.max()))
-        self._domains[document.domain] = earlier.plus(
-            DomainCounts(1, len(tokens), document.num_bytes)
-        )
+    def _do_parts(self) -> None:
+        options = self.options
+        count = len(self.plan.parts)
+        with ExitStack() as stack:
+            encoders = stack.enter_context(Encoders(self.tokenizer, options.rules, options.workers))
+            stack.callback(self._close)
+            own = range(options.task, count, options.num_tasks)
+            open_parts = [number for number in own if not self.work.is_complete(number)]
+            if not open_parts and not options.deduplicate:
+                return
+            if options.deduplicate and self._missing():
+                find_duplicates(self.work, self.plan, encoders, options.task, options.num_tasks)
+            if not open_parts:
+                return
+            self._encode(encoders, list(own), open_parts)
 
-    def finish(self) -> ShardIndex:
-        """Adds tokenizer and index to the shards and puts all in the place of what was there."""
-        if self._open:
-            self._close_shard()
-        write_durably(self._unfinished / TOKENIZER_FILE, self._tokenizer.contents)
-        index = ShardIndex(
-            location=str(self._folder),
-            shards=ShardList(np.array(self._shards, dtype=SHARD_DTYPE)),
-            domains=self._domains,
-            tokenizer_sha256=self._tokenizer.sha256,
-            vocab_size=self._tokenizer.vocab_size,
-            eos_id=self._tokenizer.eos_id,
-            max_token_id=self._max_token_id,
-            token_dtype=self._dtype.name,
-        )
-        for name, contents in encode_index(index).items():
-            write_durably(self._unfinished / name, contents)
-        self._publish()
-        return index
+    def _encode(self, encoders: Encoders, own: list[int], open_parts: list[int]) -> None:
+        sizes = {number: sum(f.num_bytes for f in self.plan.parts[number]) for number in own}
+        total = sum(sizes.values())
+        done = total - sum(sizes[number] for number in open_parts)
+        self.read.finished_bytes = done
+        num_tokens = 0
+        with Progress("prepare", total, "tokens", done) as progress:
+            for batch, encoded in encoders.map(encode_batch, self._batches(open_parts)):
+                part = self.at[batch.part]
+                before = part.writer.num_tokens
+                part.writer.add(batch, encoded)
+                num_tokens += part.writer.num_tokens - before
+                if batch.is_last:
+                    part.writer.finish(part.end)
+                    part.lock.close()
+                    del self.at[batch.part]
+                progress.update(self.read.done_bytes, num_tokens)
 
-    def close(self) -> None:
-        """Removes what is unfinished; after finish() that is nothing."""
-        if self._open:
-            self._open.file.close()
-            self._open = None
-        if self._unfinished.exists():
-            shutil.rmtree(self._unfinished)
+    def _batches(self, numbers: list[int]) -> Iterator[Batch]:
+        """Yields the batches of parts; each is locked when its first one is asked for."""
+        for number in numbers:
+            lock = self.work.lock_part(number)
+            if lock is None:
+                raise InputError(
+                    f"--output {self.options.output}: another process is at part {number} of it; "
+                    "wait for it, or give every process a --task of its own"
+                )
+            folder = self.work.part(number)
+            state = resume_part(folder, keep=(PART_LOCK, DIGESTS_FILE))
+            writer = PartWriter(folder, state, self.options.shard_tokens)
+            part = self.at[number] = _PartWork(lock, writer, state.position)
+            pieces = self._pieces(number, part, state.position)
+            repeated = duplicates_of(self.work, number) if self.plan.deduplicate else None
+            yield from make_batches(number, pieces, repeated)
+
+    def _close(self) -> None:
+        for part in self.at.values():
+            part.writer.close()
+            part.lock.close()
+
+    def _pieces(self, number: int, part: _PartWork, start: Position) -> Iterator[Piece]:
+        files = self.plan.parts[number]
+        end = start.number
+        for piece in read_pieces(files, self.read, start):
+            end = piece.end_number
+            yield piece
+        part.end = Position(len(files), 0, end)
+
+    def _missing(self) -> tuple[int, ...]:
+        numbers = range(len(self.plan.parts))
+        return tuple(number for number in numbers if not self.work.is_complete(number))
+
+    def _finish(self) -> Prepared:
+        """Publishes when no part is missing, unless another process has done so."""
+        missing = self._missing()
+        with self.work.gate():
+            if self.work.read_plan() == self.plan.contents:
+                if missing := tuple(n for n in missing if not self.work.is_complete(n)):
+                    count, tasks = len(self.plan.parts), self.options.num_tasks
+                    return Prepared(None, self._left_out(), count, missing, tasks)
+                self._publish()
+            elif not is_published(self.options.output, self.plan):
+                raise InputError(
+                    f"--output {self.options.output}: another process removed the work of this "
+                    "one; start the command again when no other writes there"
+                )
+        return self._published()
+
+    def _published(self, was_finished: bool = False) -> Prepared:
+        index, left_out = published(self.options.output)
+        return Prepared(index, left_out, len(self.plan.parts), was_finished=was_finished)
+
+    def _left_out(self) -> Counter[str]:
+        """Returns what was left out in finding files and in the complete parts of this task."""
+        own = range(self.options.task, len(self.plan.parts), self.options.num_tasks)
+        states = (self.work.read_complete(number) for number in own)
+        return sum((state.left_out for state in states if state), self.plan.left_out)
 
     def _publish(self) -> None:
-        """Moves the files up; the old index goes first and the new one comes last."""
-        (self._folder / INDEX_FILE).unlink(missing_ok=True)
-        sync_folder(self._folder)
-        names = {path.name for path in self._unfinished.iterdir()} - {INDEX_FILE}
-        for path in sorted(self._folder.iterdir()):
-            if OUR_FILES.fullmatch(path.name) and path.name not in names:
-                path.unlink()
-        for name in sorted(names):
-            os.replace(self._unfinished / name, self._folder / name)
-        sync_folder(self._folder)
-        os.replace(self._unfinished / INDEX_FILE, self._folder / INDEX_FILE)
-        self._unfinished.rmdir()
-        sync_folder(self._folder)
-
-    def _new_shard(self) -> _OpenShard:
-        name = f"shard-{len(self._shards):06d}"
-        self._open = _OpenShard(name, open(self._unfinished / f"{name}.tar", "wb"))  # noqa: SIM115
-        return self._open
-
-    def _close_shard(self) -> None:
-        shard = self._open
-        if shard is None:
-            raise AssertionError("no shard is open")
-        shard.write(archive_end(shard.size))
-        shard.file.flush()
-        os.fsync(shard.file.fileno())
-        shard.file.close()
-        rows = np.array(shard.rows, dtype=DOCUMENT_DTYPE)
-        table = encode_table(rows, np.concatenate(shard.checksums), list(shard.domains))
-        write_durably(self._unfinished / f"{shard.name}.documents.npy", table)
-        self._shards.append(
-            (
-                len(rows),
-                shard.num_tokens,
-                int(rows["num_bytes"].sum()),
-                shard.size,
-                int(rows["record_offset"][-1]),
-                shard.digest.digest(),
-                hashlib.sha256(table).digest(),
+        states = [self.work.read_complete(number) for number in range(len(self.plan.parts))]
+        parts = [state for state in states if state is not None]
+        left_out = sum((part.left_out for part in parts), self.plan.left_out)
+        if not any(part.shards for part in parts):
+            raise InputError(
+                f"--input {' '.join(self.options.inputs)}: no documents in {len(self.plan.files)} "
+                f"files ({describe_left_out(left_out) or 'nothing left out'}); check the pattern"
             )
-        )
-        self._open = None
+        publish(self.work, self.plan, self.tokenizer, parts)

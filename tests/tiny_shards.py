@@ -13,9 +13,15 @@ import pytest
 
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.documents import TextDocument
-from data_pipeline.index import ShardIndex
-from data_pipeline.tokenizer import decode_tokenizer
-from data_pipeline.write_shards import ShardFolderWriter
+from data_pipeline.encode import Batch, DocumentRules, join_records
+from data_pipeline.index import ShardIndex, read_index
+from data_pipeline.inputs import InputFile
+from data_pipeline.parts import PartState, PartWriter
+from data_pipeline.pieces import BEGINNING, Piece
+from data_pipeline.plan import Plan
+from data_pipeline.publish import publish
+from data_pipeline.tokenizer import Tokenizer, decode_tokenizer
+from data_pipeline.work_folder import WorkFolder
 
 TEXTS = [
     "The cat sat on the mat, and the mat was flat.\n",
@@ -45,11 +51,32 @@ def write_numbered_folder(folder: Path, lengths: Sequence[int], shard_tokens: in
     vocab = {"<|endoftext|>": EOS, "the largest": NUMBERED_VOCAB - 1}
     model = {"type": "BPE", "vocab": vocab, "merges": []}
     contents = json.dumps({"added_tokens": [], "model": model}).encode()
-    writer = ShardFolderWriter(folder, decode_tokenizer(contents, folder), shard_tokens)
-    for number, tokens in enumerate(numbered_documents(lengths)):
-        name = str(number)
-        writer.add(TextDocument(name, "numbers", "test", "", len(tokens), name), tokens)
-    return writer.finish()
+    documents = [
+        (TextDocument(str(number), "numbers", "test", "", len(tokens), ""), tokens)
+        for number, tokens in enumerate(numbered_documents(lengths))
+    ]
+    return write_documents(folder, decode_tokenizer(contents, folder), documents, shard_tokens)
+
+
+def write_documents(
+    folder: Path,
+    tokenizer: Tokenizer,
+    documents: Sequence[tuple[TextDocument, np.ndarray]],
+    shard_tokens: int,
+) -> ShardIndex:
+    """Writes documents whose tokens are given as a shard folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = Plan((), tokenizer.sha256, shard_tokens, 1, False, DocumentRules())
+    work = WorkFolder(folder)
+    encoded = join_records(0, [(number, *both) for number, both in enumerate(documents)])
+    piece = Piece(InputFile(folder, "", 0), BEGINNING, b"", len(documents))
+    with work.gate():
+        work.begin(plan)
+        with work.lock_part(0):
+            writer = PartWriter(work.part(0), PartState(), shard_tokens)
+            writer.add(Batch(0, (piece,), frozenset(), True), encoded)
+            publish(work, plan, tokenizer, [writer.finish(BEGINNING)])
+    return read_index(folder)
 
 
 def write_jsonl(path: Path, texts: Sequence[str]) -> Path:

@@ -40,7 +40,9 @@ def make_shards(tmp_path: Path, tokenizer_file: Path) -> Callable[..., Path]:
     """Function(name, texts, **prepare options) -> shard folder of those texts."""
 
     def make(name: str = "shards", texts: Sequence[str] = TEXTS, **options: Any) -> Path:
-        source = write_jsonl(tmp_path / f"{name}.jsonl", texts)
+        # below a folder: what the file is called shapes the result
+        (tmp_path / f"{name}-texts").mkdir(exist_ok=True)
+        source = write_jsonl(tmp_path / f"{name}-texts" / "a.jsonl", texts)
         options.setdefault("tokenizer", tokenizer_file)
         prepare(PrepareOptions(inputs=(str(source),), output=tmp_path / name, **options))
         return tmp_path / name

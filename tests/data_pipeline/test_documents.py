@@ -5,13 +5,16 @@ from __future__ import annotations
 import gzip
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import zstandard
 
-from data_pipeline.documents import ReadCounts, TextDocument, find_inputs, read_documents
+from data_pipeline.documents import TextDocument, describe_left_out, read_documents
 from data_pipeline.errors import InputError
+from data_pipeline.inputs import find_inputs
+from data_pipeline.pieces import ReadProgress
 from tests.tiny_shards import TEXTS, one_line, write_jsonl
 
 
@@ -22,11 +25,14 @@ def read(*patterns: Path | str, **options: object) -> list[TextDocument]:
 
 def read_and_count(
     *patterns: Path | str, **options: object
-) -> tuple[list[TextDocument], ReadCounts]:
+) -> tuple[list[TextDocument], Counter[str]]:
     """Reads all documents of the patterns, and says what was left out."""
-    counts = ReadCounts()
-    files = find_inputs([str(pattern) for pattern in patterns], counts)
-    return list(read_documents(files, counts, **options)), counts
+    left_out: Counter[str] = Counter()
+    progress = ReadProgress()
+    files = find_inputs([str(pattern) for pattern in patterns], left_out)
+    documents = list(read_documents(files, progress, left_out, **options))
+    assert progress.done_bytes == sum(file.path.stat().st_size for file in files)
+    return documents, left_out
 
 
 def test_plain_gzip_and_zstd_lines_are_the_same_documents(tmp_path: Path) -> None:
@@ -79,11 +85,10 @@ def test_a_directory_is_a_source_tree(tmp_path: Path) -> None:
         (root / name).write_text(f"# {name}\n")
     (root / "nul.bin").write_bytes(b"a\0b")
     (root / "latin.txt").write_bytes(b"caf\xe9")
-    found, counts = read_and_count(root)
+    found, left_out = read_and_count(root)
     assert [d.id for d in found] == ["project/pack/a.py", "project/z.py"]
     assert {(d.domain, d.source) for d in found} == {("code", "project")}
-    assert counts.skipped_binary == 2
-    assert counts.done_bytes == counts.total_bytes
+    assert left_out == {"binary": 2}
     assert {d.domain for d in read(root, domain="python")} == {"python"}
 
 
@@ -102,13 +107,13 @@ def test_links_of_a_source_tree_are_left_out_and_counted(tmp_path: Path) -> None
         ".hidden.py": "pack/a.py",
     }.items():
         (root / link).symlink_to(target)
-    found, counts = read_and_count(root)
+    found, left_out = read_and_count(root)
     assert [d.id for d in found] == ["project/pack/a.py"]
-    assert counts.left_out == "5 symbolic links"
+    assert describe_left_out(left_out) == "5 symbolic links"
     # a link that was asked for by name is the file it leads to
     assert [d.text for d in read(link_to(root, tmp_path / "link"))] == ["# a\n"]
     with pytest.raises(InputError, match="matched twice"):
-        find_inputs([str(root), str(tmp_path / "link")], ReadCounts())
+        find_inputs([str(root), str(tmp_path / "link")], Counter())
 
 
 def link_to(target: Path, link: Path) -> Path:
@@ -141,9 +146,9 @@ def test_empty_documents_are_refused_or_counted(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"a\.jsonl:2: .*empty.*--skip-empty") as error:
         read(path)
     one_line(error)
-    kept, counts = read_and_count(path, skip_empty=True)
+    kept, left_out = read_and_count(path, skip_empty=True)
     assert [d.text for d in kept] == ["one", "three"]
-    assert counts.skipped_empty == 1
+    assert left_out == {"empty": 1}
 
 
 @pytest.mark.parametrize(
@@ -200,5 +205,5 @@ def test_patterns_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
         ([tmp_path / "none"], "no files in this directory"),
     ]:
         with pytest.raises(InputError, match=message) as error:
-            find_inputs([str(pattern) for pattern in patterns], ReadCounts())
+            find_inputs([str(pattern) for pattern in patterns], Counter())
         one_line(error)

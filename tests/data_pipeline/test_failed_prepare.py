@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import subprocess
 import sys
@@ -9,14 +10,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from data_pipeline import read_index
-from data_pipeline.documents import TextDocument
-from data_pipeline.encode import encode_documents
-from data_pipeline.errors import InputError
-from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.errors import InputError, StorageError
 from data_pipeline.verify import verify_folder
 from data_pipeline.write_shards import PrepareOptions, prepare
 from tests.tiny_shards import TEXTS, one_line, write_jsonl
@@ -53,17 +50,6 @@ def test_a_failed_prepare_leaves_the_tokenizer_it_was_given(
     assert given.read_bytes() == tokenizer_file.read_bytes()
 
 
-def test_workers_need_no_tokenizer_file(tokenizer_file: Path, tmp_path: Path) -> None:
-    """They may start when it is gone."""
-    tokenizer = load_tokenizer(tokenizer_file)
-    documents = [TextDocument(text, "a", "s", text, len(text), "here") for text in TEXTS]
-    expected = [tokens for _, tokens in encode_documents(documents, tokenizer)]
-    homeless = replace(tokenizer, path=tmp_path / "absent.json")
-    found = [tokens for _, tokens in encode_documents(documents, homeless, workers=2)]
-    assert len(found) == len(TEXTS)
-    assert all(np.array_equal(*pair) for pair in zip(found, expected, strict=True))
-
-
 def test_finished_shards_are_replaced_only_on_request(make_shards: MakeShards) -> None:
     """And then leave nothing of the earlier ones behind."""
     folder = make_shards(shard_tokens=20)
@@ -83,33 +69,35 @@ def test_finished_shards_outlive_a_prepare_that_fails(
     make_shards: MakeShards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An error in the last document, or before the last file: --overwrite replaces the whole."""
-    monkeypatch.setattr("data_pipeline.encode.BATCH_DOCUMENTS", 1)
+    monkeypatch.setattr("data_pipeline.pieces.PIECE_BYTES", 50)
+    monkeypatch.setattr("data_pipeline.encode.BATCH_BYTES", 1)
     folder = make_shards(shard_tokens=20)
     before = files(folder)
     for texts, message in (([*TEXTS[::-1], ""], "is empty"), ([""], "is empty")):
         with pytest.raises(InputError, match=message):
             make_shards(texts=texts, overwrite=True, shard_tokens=20)
-        assert files(folder) == before
+        assert finished_files(folder) == before
     with pytest.raises(InputError, match="no documents"):
         make_shards(texts=[""], overwrite=True, skip_empty=True)
-    assert files(folder) == before
+    assert finished_files(folder) == before
 
     def full(*_: object) -> None:
-        raise OSError("no space left on the device")
+        raise OSError(errno.ENOSPC, "no space left on the device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("data_pipeline.write_shards.write_index", full)
-        with pytest.raises(OSError, match="no space left"):
+        patch.setattr("data_pipeline.publish.write_durably", full)
+        with pytest.raises(StorageError, match=r"no space left.*start the same command") as error:
             make_shards(texts=TEXTS[::-1], overwrite=True, shard_tokens=20)
-    assert files(folder) == before
+        one_line(error)
+    assert finished_files(folder) == before
     make_shards(texts=TEXTS[::-1], overwrite=True, shard_tokens=20)
     assert files(folder) != before
 
 
 def test_a_failed_prepare_leaves_no_index(make_shards: MakeShards, tmp_path: Path) -> None:
-    """Nor anything else."""
+    """Nor anything else, where no shard was finished."""
     with pytest.raises(InputError, match="is empty"):
-        make_shards(texts=[*TEXTS, ""], shard_tokens=20)
+        make_shards(texts=[*TEXTS, ""])
     folder = tmp_path / "shards"
     assert list(folder.iterdir()) == []
     with pytest.raises(InputError, match=r"no index\.json"):
@@ -119,7 +107,7 @@ def test_a_failed_prepare_leaves_no_index(make_shards: MakeShards, tmp_path: Pat
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from data_pipeline import write_shards
+from data_pipeline import parts, publish, write_shards
 
 owner, name = {place}
 sound, calls = getattr(owner, name), 0
@@ -135,8 +123,8 @@ setattr(owner, name, kill)
 write_shards.prepare(write_shards.PrepareOptions(
     (sys.argv[1],), Path(sys.argv[2]), Path(sys.argv[3]), shard_tokens=100, overwrite=True))
 """
-CLOSING = "write_shards.ShardFolderWriter, '_close_shard'"
-PUBLISHING = "write_shards, 'sync_folder'"
+CLOSING = "parts.PartWriter, '_close_shard'"
+PUBLISHING = "publish, 'sync_folder'"
 
 
 def killed_prepare(place: str, call: int, *arguments: Path) -> None:
@@ -157,10 +145,10 @@ def test_a_killed_prepare_leaves_what_was_there(
         prepare(PrepareOptions((str(source),), tokenizer_file, output, shard_tokens=70))
     before = finished_files(output)
     killed_prepare(CLOSING, 3, source, tokenizer_file, output)
-    assert len(list(output.glob(".unfinished/*.tar"))) == 3
+    assert len(list(output.glob(".unfinished/parts/000000/*.tar"))) == 3
     assert finished_files(output) == before and bool(before) == earlier
     options = PrepareOptions(
-        (str(source),), tokenizer_file, output, shard_tokens=10_000, overwrite=earlier
+        (str(source),), tokenizer_file, output, shard_tokens=10_000, overwrite=True
     )
     prepare(options)
     prepare(replace(options, output=tmp_path / "undisturbed"))

@@ -37,7 +37,8 @@ def test_real_documents_have_the_tokens_of_an_encode_made_apart(name: str, tmp_p
     options = PrepareOptions(
         (str(DATA / "valid" / "*.jsonl.gz"),), tokenizer.path, tmp_path, shard_tokens=100_000
     )
-    index, _ = prepare(options)
+    index = prepare(options).index
+    assert index is not None
     assert {domain: counts.tokens for domain, counts in index.domains.items()} == expected
     assert index.num_bytes == sum(len(record["text"].encode()) for record in records)
     assert len(index.shards) > 3

@@ -20,8 +20,8 @@ from data_pipeline.documents import TextDocument
 from data_pipeline.errors import InputError
 from data_pipeline.shards import open_documents
 from data_pipeline.tokenizer import load_tokenizer
-from data_pipeline.write_shards import PrepareOptions, ShardFolderWriter, prepare
-from tests.tiny_shards import TEXTS, config_of, one_line
+from data_pipeline.write_shards import PrepareOptions, prepare
+from tests.tiny_shards import TEXTS, config_of, one_line, write_documents
 
 MakeShards = Callable[..., Path]
 
@@ -59,7 +59,7 @@ def test_stock_webdataset_reads_the_shards(make_shards: MakeShards, tokenizer_fi
             "num_bytes": len(text.encode()),
             "num_tokens": len(ids),
         }
-        assert record == [f"{number:012d}", metadata, "uint16", ids]
+        assert record == [f"000000-{number:012d}", metadata, "uint16", ids]
 
 
 def test_the_index_adds_up_and_documents_come_back(
@@ -97,7 +97,8 @@ def test_the_same_input_gives_the_same_bytes_whatever_the_workers(
     make_shards: MakeShards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches small enough that the workers finish out of turn."""
-    monkeypatch.setattr("data_pipeline.encode.BATCH_DOCUMENTS", 2)
+    monkeypatch.setattr("data_pipeline.pieces.PIECE_BYTES", 200)
+    monkeypatch.setattr("data_pipeline.encode.BATCH_BYTES", 300)
     texts = [text * (1 + number % 7) for number, text in enumerate(TEXTS * 4)]
     one = contents(make_shards("one", texts, shard_tokens=100))
     two = contents(make_shards("two", texts, shard_tokens=100, workers=2))
@@ -111,10 +112,9 @@ def test_large_vocabularies_are_stored_in_32_bits(tmp_path: Path, tokenizer_file
     from dataclasses import replace
 
     tokenizer = replace(load_tokenizer(tokenizer_file), vocab_size=100_000)
-    writer = ShardFolderWriter(tmp_path, tokenizer, 1000)
     tokens = np.array([99_999, 1, 70_000], dtype=np.uint32)
-    writer.add(TextDocument("d", "a", "s", "", 9, "here"), tokens)
-    index = writer.finish()
+    document = TextDocument("d", "a", "s", "", 9, "here")
+    index = write_documents(tmp_path, tokenizer, [(document, tokens)], 1000)
     assert (index.token_dtype, index.max_token_id) == ("uint32", 99_999)
     assert next(open_documents(tmp_path)).tokens_T.tolist() == tokens.tolist()
     sample = next(open_samples(config_of(SourceConfig(str(tmp_path)))))
@@ -140,10 +140,12 @@ def test_options_that_cannot_be_meant_are_refused(
     one_line(error)
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="is a file"):
-        prepare(PrepareOptions((str(tmp_path / "*.jsonl"),), tokenizer_file, tmp_path / "file"))
+        prepare(
+            PrepareOptions((str(tmp_path / "*" / "*.jsonl"),), tokenizer_file, tmp_path / "file")
+        )
 
 
-def test_tar_members_tell_nothing_of_their_writer(make_shards: MakeShards) -> None:
+def test_tar_members_tell_nothing_of_their_writer(make_shards: MakeShards, tmp_path: Path) -> None:
     """Time, owner and mode are fixed, so that a copy made elsewhere has the same digest."""
     folder = make_shards()
     with tarfile.open(folder / "shard-000000.tar") as tar:
@@ -151,6 +153,5 @@ def test_tar_members_tell_nothing_of_their_writer(make_shards: MakeShards) -> No
     assert len(members) == 2 * len(TEXTS)
     facts = {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in members}
     assert facts == {(0, 0, 0, "", "", 0o644)}
-    lines = (folder / "index.json").read_text(encoding="utf-8").splitlines()
-    assert sum('"name": "shard-' in line for line in lines) == len(read_index(folder).shards)
-    assert str(folder) not in "".join(lines)
+    for name in ("index.json", "prepared.json"):
+        assert str(tmp_path) not in (folder / name).read_text(encoding="utf-8")

@@ -1,0 +1,138 @@
+"""The input files of --input patterns, in a fixed order."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from data_pipeline.errors import InputError
+
+TEXT_ENDINGS = (".txt", ".txt.gz", ".txt.zst")
+LINE_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+ROW_ENDINGS = (".parquet",)
+RECORD_ENDINGS = (*LINE_ENDINGS, *ROW_ENDINGS)
+ENDINGS = (*TEXT_ENDINGS, *RECORD_ENDINGS)
+LINKS = "symbolic links"
+
+Kind = Literal["tree", "text", "lines", "rows"]
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One file found by an --input."""
+
+    path: Path
+    relative: str
+    """Path below the fixed part of the pattern: the same wherever the corpus lies."""
+    num_bytes: int
+    """Size as stored."""
+    tree: str = ""
+    """Name of the source tree it belongs to; empty for inputs of documents."""
+
+    @property
+    def kind(self) -> Kind:
+        """What its bytes are: a file of a source tree, a text, JSON lines or Parquet rows."""
+        if self.tree:
+            return "tree"
+        if self.path.name.endswith(ROW_ENDINGS):
+            return "rows"
+        return "lines" if self.path.name.endswith(LINE_ENDINGS) else "text"
+
+
+def find_inputs(patterns: Sequence[str], left_out: Counter[str]) -> list[InputFile]:
+    """Returns the files of all --input patterns: patterns in their order, paths sorted in each.
+
+    Args:
+        patterns: file names, globs (`**` descends) or directories (source trees).
+        left_out: told of the links that are left out.
+
+    Raises:
+        InputError: nothing matches, an unknown ending, or a file that two patterns match.
+    """
+    found: list[InputFile] = []
+    for pattern in patterns:
+        found += _matches(pattern, left_out)
+    seen: set[str] = set()
+    for file in found:
+        real = os.path.realpath(file.path)
+        if real in seen:
+            raise InputError(
+                f"--input: {file.path} is matched twice, every document may enter once; "
+                "narrow one of the patterns"
+            )
+        seen.add(real)
+    return found
+
+
+def _matches(pattern: str, left_out: Counter[str]) -> Iterator[InputFile]:
+    # A name that exists is taken as it is, brackets and all.
+    literal = os.path.exists(pattern)
+    base = os.path.dirname(pattern) or "." if literal else _fixed_part(pattern)
+    matches = [pattern] if literal else sorted(glob.glob(pattern, recursive=True))
+    if not matches:
+        raise InputError(f"--input {pattern}: matches no file or directory; check the pattern")
+    for match in matches:
+        path = Path(match)
+        if path.is_dir():
+            if "**" not in pattern:  # `**` also yields the folders of the files it matches
+                yield from _tree_files(path, left_out)
+        elif path.name.endswith(ENDINGS):
+            relative = os.path.relpath(path, base).replace(os.sep, "/")
+            yield InputFile(path, relative, _size(path))
+        else:
+            raise InputError(
+                f"--input {pattern}: {path} ends in none of {', '.join(ENDINGS)}; "
+                "name the directory itself to read it as a source tree"
+            )
+
+
+def _fixed_part(pattern: str) -> str:
+    """Returns the directory before the first wildcard."""
+    fixed = pattern
+    while glob.has_magic(fixed):
+        fixed = os.path.dirname(fixed)
+    return fixed or "."
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the file") from error
+
+
+def _tree_files(root: Path, left_out: Counter[str]) -> list[InputFile]:
+    """Returns every file below a directory but hidden ones, byte code and links, sorted by path.
+
+    What a link leads to is a file of the tree already, or none of it.
+    """
+    relative: list[str] = []
+    for folder, folders, all_names in os.walk(root):  # enters no link
+        folders[:] = [name for name in folders if name[0] != "." and name != "__pycache__"]
+        names = [name for name in all_names if name[0] != "."]
+        below = os.path.relpath(folder, root)
+        relative += [os.path.normpath(os.path.join(below, name)) for name in names]
+        linked = sum(os.path.islink(os.path.join(folder, name)) for name in (*folders, *names))
+        if linked:
+            left_out[LINKS] += linked
+    shards = [name for name in relative if os.sep not in name and name.endswith(RECORD_ENDINGS)]
+    if shards:
+        ending = "*.parquet" if min(shards).endswith(ROW_ENDINGS) else "*.jsonl*"
+        raise InputError(
+            f"--input {root}: a directory is read as a source tree, but it holds {min(shards)}; "
+            f"write --input '{root}/{ending}' to read its records"
+        )
+    paths = [(name, root / name) for name in relative]
+    regular = [name for name, path in paths if path.is_file() and not path.is_symlink()]
+    if not regular:
+        raise InputError(f"--input {root}: no files in this directory; check the path")
+    name = root.resolve().name
+    return [
+        InputFile(root / path, f"{name}/{path}".replace(os.sep, "/"), _size(root / path), name)
+        for path in sorted(regular)
+    ]

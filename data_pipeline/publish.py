@@ -1,0 +1,145 @@
+"""From complete parts to a shard folder: the earlier shards give way, index.json comes last.
+
+The new index is first written to a subfolder of the unfinished work. From then on the decision has
+fallen: whenever the moves are cut off, the next prepare makes the rest of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.encode import token_dtype
+from data_pipeline.index import (
+    INDEX_FILE,
+    SHARD_DTYPE,
+    DomainCounts,
+    ShardIndex,
+    ShardList,
+    encode_index,
+    read_index,
+)
+from data_pipeline.output_folder import sync_folder, write_durably
+from data_pipeline.parts import NOTHING, PartState, table_file, tar_file
+from data_pipeline.plan import Plan
+from data_pipeline.tokenizer import TOKENIZER_FILE, Tokenizer
+from data_pipeline.work_folder import WorkFolder
+
+PREPARED_FILE = "prepared.json"
+READY_FOLDER = "ready"
+OUR_SHARDS = re.compile(r"shard-(\d{6,})\.(tar|documents\.npy)")
+
+
+def read_prepared(output: Path) -> dict[str, Any]:
+    """Returns what a finished folder says of its making; empty where it does not."""
+    try:
+        facts = json.loads((output / PREPARED_FILE).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def is_published(output: Path, plan: Plan) -> bool:
+    """Whether a folder holds the finished shards of a plan."""
+    return (output / INDEX_FILE).is_file() and read_prepared(output).get("plan") == plan.sha256
+
+
+def published(output: Path) -> tuple[ShardIndex, Counter[str]]:
+    """Returns the index of a finished folder, and what was left out."""
+    return read_index(output), Counter(read_prepared(output).get("left_out", {}))
+
+
+def is_decided(work: WorkFolder) -> bool:
+    """Whether nothing but moves is missing."""
+    return (work.folder / READY_FOLDER / INDEX_FILE).exists()
+
+
+def publish(work: WorkFolder, plan: Plan, tokenizer: Tokenizer, parts: Sequence[PartState]) -> None:
+    """Makes the complete parts of a plan the shards of the folder; inside the gate.
+
+    Args:
+        work: where they are.
+        plan: theirs.
+        tokenizer: theirs.
+        parts: of each part of the plan, its state.
+    """
+    if not is_decided(work):
+        _decide(work, plan, tokenizer, parts)
+    ready = work.folder / READY_FOLDER
+    index = (ready / INDEX_FILE).read_bytes()
+    _move(work, parts, index)
+    for path in sorted(ready.iterdir()):
+        if path.name != INDEX_FILE:
+            os.replace(path, work.output / path.name)
+    sync_folder(work.output)
+    write_durably(work.output / INDEX_FILE, index)
+    work.finish()
+
+
+def _decide(work: WorkFolder, plan: Plan, tokenizer: Tokenizer, parts: Sequence[PartState]) -> None:
+    """Writes all that is not a shard, the index last."""
+    domains: dict[str, DomainCounts] = {}
+    left_out = Counter(plan.left_out)
+    for part in parts:
+        left_out += part.left_out
+        for name, counts in part.domains.items():
+            domains[name] = domains.get(name, NOTHING).plus(counts)
+    index = ShardIndex(
+        location=str(work.output),
+        shards=ShardList(np.concatenate([np.empty(0, SHARD_DTYPE), *(p.rows for p in parts)])),
+        domains=domains,
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        max_token_id=max(tokenizer.eos_id, *(part.max_token_id for part in parts)),
+        token_dtype=token_dtype(tokenizer.vocab_size).name,
+    )
+    facts = {
+        "plan": plan.sha256,
+        "options": plan.options,
+        "num_inputs": len(plan.files),
+        "input_bytes": sum(file.num_bytes for file in plan.files),
+        "num_parts": len(plan.parts),
+        "left_out": dict(sorted(left_out.items())),
+    }
+    files = {
+        TOKENIZER_FILE: tokenizer.contents,
+        PREPARED_FILE: (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode("utf-8"),
+        **encode_index(index),
+    }
+    ready = work.folder / READY_FOLDER
+    ready.mkdir(exist_ok=True)
+    for name, contents in files.items():
+        write_durably(ready / name, contents)
+
+
+def _move(work: WorkFolder, parts: Sequence[PartState], index: bytes) -> None:
+    """Moves the shards up as far as they are not, and removes those of earlier ones that stay."""
+    output = work.output
+    earlier = output / INDEX_FILE
+    if earlier.exists() and earlier.read_bytes() != index:
+        earlier.unlink()
+        sync_folder(output)
+    number = 0
+    for at, part in enumerate(parts):
+        folder = work.part(at)
+        for own in range(len(part.shards)):
+            name = f"shard-{number:06d}"
+            for path, ending in (
+                (tar_file(folder, own), "tar"),
+                (table_file(folder, own), "documents.npy"),
+            ):
+                if path.exists():
+                    os.replace(path, output / f"{name}.{ending}")
+            number += 1
+    for path in output.iterdir():
+        found = OUR_SHARDS.fullmatch(path.name)
+        if found and int(found[1]) >= number:
+            path.unlink()

@@ -1,0 +1,144 @@
+"""The folder below --output where a prepare works: its plan, its parts, and who is at them.
+
+Nothing outside of it changes before all parts are complete (publish.py). Three kinds of locks keep
+processes apart: the gate, held for moments in which the folder is set up or published; one that all
+who work here share; and one for each part. A killed process holds none of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from data_pipeline.errors import InputError
+from data_pipeline.locks import FileLock, lock_file
+from data_pipeline.output_folder import sync_folder, write_durably
+from data_pipeline.parts import PART_FILE, PartState, decode_state
+from data_pipeline.plan import Plan
+
+UNFINISHED_FOLDER = ".unfinished"
+PLAN_FILE = "plan.json"
+GATE_FILE = "gate.lock"
+WORKING_FILE = "working.lock"
+PART_LOCK = "part.lock"
+DIGESTS_FILE = "digests.npy"
+
+
+class WorkFolder:
+    """OUTPUT/.unfinished."""
+
+    def __init__(self, output: Path) -> None:
+        """Looks at nothing yet."""
+        self.output = output
+        self.folder = output / UNFINISHED_FOLDER
+
+    @contextmanager
+    def gate(self) -> Iterator[None]:
+        """Lets one process at a time in; afterwards a folder without a plan is gone."""
+        while True:
+            self.folder.mkdir(exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # removed by who went out just now
+                lock = lock_file(self.folder / GATE_FILE, wait=True)
+                break
+        if lock is None:
+            raise AssertionError("waited for the gate")
+        try:
+            yield
+        finally:
+            if self.read_plan() is None:
+                self._remove()
+            lock.close()
+
+    def read_plan(self) -> bytes | None:
+        """Returns the plan that is worked on here."""
+        try:
+            return (self.folder / PLAN_FILE).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def begin(self, plan: Plan) -> None:
+        """Makes the folder that of a plan, clearing it where it had none; inside the gate."""
+        if self.read_plan() is None:
+            self.clear()
+            write_durably(self.folder / PLAN_FILE, plan.contents)
+            sync_folder(self.output)
+
+    def clear(self) -> None:
+        """Removes the plan and then all the rest but the gate; inside the gate.
+
+        Raises:
+            InputError: other processes are working here.
+        """
+        lock = lock_file(self.folder / WORKING_FILE, wait=False)
+        if lock is None:
+            raise InputError(
+                f"--output {self.output}: other processes are preparing it by another plan; wait "
+                "for them, stop them, or choose another folder"
+            )
+        with lock:
+            self._remove_contents()
+
+    def discard(self) -> None:
+        """Clears the folder unless others are at it; inside the gate."""
+        with contextlib.suppress(InputError):
+            self.clear()
+
+    def finish(self) -> None:
+        """Removes what is left when all is published, whoever is here; inside the gate.
+
+        Others that are here find the finished shards when they look up.
+        """
+        self._remove_contents()
+
+    def join(self) -> FileLock:
+        """Returns the lock that says that this process works here."""
+        lock = lock_file(self.folder / WORKING_FILE, wait=True, shared=True)
+        if lock is None:
+            raise AssertionError("waited for the lock")
+        return lock
+
+    def part(self, number: int) -> Path:
+        """Returns the folder of a part."""
+        return self.folder / "parts" / f"{number:06d}"
+
+    def lock_part(self, number: int) -> FileLock | None:
+        """Locks a part, None where another process is at it."""
+        self.part(number).mkdir(parents=True, exist_ok=True)
+        return lock_file(self.part(number) / PART_LOCK, wait=False)
+
+    def is_complete(self, number: int) -> bool:
+        """Whether a part is complete."""
+        return (self.part(number) / PART_FILE).exists()
+
+    def read_complete(self, number: int) -> PartState | None:
+        """Returns the state of a complete part, None where it is not."""
+        try:
+            return decode_state((self.part(number) / PART_FILE).read_bytes())
+        except FileNotFoundError:
+            return None
+
+    def holds_work(self) -> bool:
+        """Whether more than a beginning is finished here."""
+        patterns = (f"parts/*/{DIGESTS_FILE}", "parts/*/[0-9]*.json")
+        return any(next(self.folder.glob(pattern), None) for pattern in patterns)
+
+    def _remove_contents(self) -> None:
+        # The plan goes first: without it the rest counts for nothing, whenever this is killed.
+        (self.folder / PLAN_FILE).unlink(missing_ok=True)
+        sync_folder(self.folder)
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != GATE_FILE:
+                path.unlink(missing_ok=True)
+
+    def _remove(self) -> None:
+        self._remove_contents()
+        (self.folder / GATE_FILE).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another process is waiting at a new gate
+            os.rmdir(self.folder)
+        sync_folder(self.output)
