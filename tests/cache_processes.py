@@ -101,9 +101,10 @@ def stall_in_download(
 
     def download() -> Generator[bytes]:
         yield contents[:CHUNK_BYTES]
-        child = os.fork() if with_child else 0
-        if child or not with_child:
-            ready.send(child)
+        if not with_child:
+            ready.send(0)
+        elif os.fork() == 0:
+            ready.send(os.getpid())
         time.sleep(600)
 
     store.cache.open(name, len(contents), store.digest(name), download)
