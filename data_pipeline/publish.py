@@ -6,7 +6,6 @@ fallen: whenever the moves are cut off, the next prepare makes the rest of them.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
@@ -29,10 +28,10 @@ from data_pipeline.index import (
 from data_pipeline.output_folder import sync_folder, write_durably
 from data_pipeline.parts import NOTHING, PartState, table_file, tar_file
 from data_pipeline.plan import Plan
+from data_pipeline.prepared import PREPARED_FILE, decode_prepared, encode_prepared
 from data_pipeline.tokenizer import TOKENIZER_FILE, Tokenizer
 from data_pipeline.work_folder import WorkFolder
 
-PREPARED_FILE = "prepared.json"
 READY_FOLDER = "ready"
 OUR_SHARDS = re.compile(r"shard-(\d{6,})\.(tar|documents\.npy)")
 
@@ -40,10 +39,9 @@ OUR_SHARDS = re.compile(r"shard-(\d{6,})\.(tar|documents\.npy)")
 def read_prepared(output: Path) -> dict[str, Any]:
     """Returns what a finished folder says of its making; empty where it does not."""
     try:
-        facts = json.loads((output / PREPARED_FILE).read_bytes())
-    except (FileNotFoundError, ValueError):
+        return decode_prepared((output / PREPARED_FILE).read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
-    return facts if isinstance(facts, dict) else {}
 
 
 def is_published(output: Path, plan: Plan) -> bool:
@@ -111,7 +109,7 @@ def _decide(work: WorkFolder, plan: Plan, tokenizer: Tokenizer, parts: Sequence[
     }
     files = {
         TOKENIZER_FILE: tokenizer.contents,
-        PREPARED_FILE: (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode("utf-8"),
+        PREPARED_FILE: encode_prepared(facts),
         **encode_index(index),
     }
     ready = work.folder / READY_FOLDER

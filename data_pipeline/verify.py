@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from data_pipeline.errors import InputError, StorageError
 from data_pipeline.index import DomainCounts, Shard, ShardIndex
+from data_pipeline.prepared import PREPARED_FILE, decode_prepared
 from data_pipeline.progress import Progress, say
 from data_pipeline.sources import read_tokenizer
 from data_pipeline.storage import Storage, StorageOptions, open_storage
@@ -44,10 +45,10 @@ def verify_folder(
 ) -> Iterator[str]:
     """Yields every problem of a shard folder, reading each byte of it.
 
-    Checks the tokenizer, each shard's size and sha256, that its records are those its document
-    table tells of and can be read the way webdataset does, the counts of shards and domains, and
-    that no shard lies beside those the index lists. Shows its progress. The problems and their
-    order do not depend on the number of processes.
+    Checks the tokenizer, prepared.json, each shard's size and sha256, that its records are those
+    its document table tells of and can be read the way webdataset does, the counts of shards and
+    domains, and that no shard lies beside those the index lists. Shows its progress. The problems
+    and their order do not depend on the number of processes.
 
     Args:
         index: of the folder.
@@ -59,6 +60,7 @@ def verify_folder(
     """
     storage = open_storage(index.location, options)
     yield from _tokenizer_problems(index, storage)
+    yield from _prepared_problems(storage)
     domains: dict[str, DomainCounts] = {}
     all_counted = True
     total = sum(shard.tar_bytes for shard in index.shards)
@@ -87,6 +89,19 @@ def _tokenizer_problems(index: ShardIndex, storage: Storage) -> Iterator[str]:
         found, listed = getattr(tokenizer, key), getattr(index, key)
         if found != listed:
             yield f"{storage.path(TOKENIZER_FILE)}: {key} = {found}, the index says {listed}"
+
+
+def _prepared_problems(storage: Storage) -> Iterator[str]:
+    """Yields what is wrong with the account of the folder's making."""
+    path = storage.path(PREPARED_FILE)
+    try:
+        decode_prepared(storage.read_bytes(PREPARED_FILE))
+    except FileNotFoundError:
+        yield f"{path}: missing"
+    except (ValueError, RecursionError) as error:
+        yield f"{path}: damaged ({' '.join(str(error).split())})"
+    except StorageError as error:
+        yield Unread(error)
 
 
 def _domain_problems(index: ShardIndex, domains: dict[str, DomainCounts]) -> Iterator[str]:

@@ -1,0 +1,34 @@
+"""What a finished shard folder says of its making; nobody needs it to read the shards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+PREPARED_FILE = "prepared.json"
+_DIGEST = "sha256"
+
+
+def encode_prepared(facts: dict[str, Any]) -> bytes:
+    """Returns facts as a file that also holds their digest."""
+    signed = {**facts, _DIGEST: _digest(facts)}
+    return (json.dumps(signed, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def decode_prepared(contents: bytes) -> dict[str, Any]:
+    """Returns the facts of a file.
+
+    Raises:
+        ValueError: it is not what was written.
+    """
+    facts = json.loads(contents.decode("utf-8"))
+    if isinstance(facts, dict):
+        facts.pop(_DIGEST, None)
+        if encode_prepared(facts) == contents:
+            return facts
+    raise ValueError("not the one that was written with the shards")
+
+
+def _digest(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, ensure_ascii=True).encode("ascii")).hexdigest()
