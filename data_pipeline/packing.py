@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -28,10 +29,12 @@ class Window:
     """Name of its source."""
     epoch: int
     """Epoch of that source."""
-    inputs: list[np.ndarray] = field(default_factory=list)
-    """uint16 or uint32: joined, they are the inputs."""
-    labels: list[np.ndarray] = field(default_factory=list)
-    """uint16 or uint32: joined, they are the labels."""
+    dtype: np.dtype[Any]
+    """Of the tokens as they are stored, uint16 or uint32."""
+    inputs: list[bytes] = field(default_factory=list)
+    """Joined, they are the inputs. Bytes, for arrays of a few tokens cost more than their copy."""
+    labels: list[bytes] = field(default_factory=list)
+    """Joined, they are the labels."""
     lengths: list[int] = field(default_factory=list)
     """Places of each piece."""
     document_ids: list[str] = field(default_factory=list)
@@ -39,7 +42,7 @@ class Window:
     skipped: list[Skipped] = field(default_factory=list)
     """What is left out."""
 
-    def add(self, text: np.ndarray, opens: bool, closes: bool, eos: np.ndarray) -> None:
+    def add(self, text: bytes, opens: bool, closes: bool, eos: bytes) -> None:
         """Adds a piece.
 
         Args:
@@ -47,20 +50,21 @@ class Window:
                 the places from a + 1 on, or from 0 where it opens.
             opens: whether it begins with the document's end-of-text input.
             closes: whether it ends with the document's end-of-text label.
-            eos: the end-of-text token, stored like the text (1,).
+            eos: the end-of-text token, stored like the text.
         """
         # The four cases differ in who has one token more than the text, or one less.
+        size = len(eos)
         if opens:
             self.inputs.append(eos)
-        self.inputs.append(text if closes else text[:-1])
-        self.labels.append(text if opens else text[1:])
+        self.inputs.append(text if closes else text[:-size])
+        self.labels.append(text if opens else text[size:])
         if closes:
             self.labels.append(eos)
-        self.lengths.append(len(text) - 1 + opens + closes)
+        self.lengths.append(len(text) // size - 1 + opens + closes)
 
-    def add_empty_document(self, eos: np.ndarray) -> None:
+    def add_empty_document(self, eos: bytes) -> None:
         """Adds a document without text: one place, whose input and label is end-of-text."""
-        self.add(eos[:0], True, True, eos)
+        self.add(b"", True, True, eos)
         self.document_ids.append(EMPTY_DOCUMENT)
 
 
@@ -70,8 +74,8 @@ def make_sample(window: Window) -> Sample:
         index=window.number,
         source=window.source,
         epoch=window.epoch,
-        tokens_T=np.concatenate(window.inputs).astype(np.int64),
-        labels_T=np.concatenate(window.labels).astype(np.int64),
+        tokens_T=_widened(window.inputs, window.dtype),
+        labels_T=_widened(window.labels, window.dtype),
         cu_seqlens=_ends(window.lengths),
         document_ids=tuple(window.document_ids),
         skipped=tuple(window.skipped),
@@ -82,7 +86,7 @@ def pack_windows(windows: Sequence[Window], slots: Sequence[int], seq_len: int) 
     """Packs windows into one micro-batch.
 
     Args:
-        windows: at most seq_len places each, at least one window.
+        windows: at most seq_len places each, at least one window, all of one dtype.
         slots: place of each in the global batch.
         seq_len: places of a full window.
 
@@ -90,13 +94,10 @@ def pack_windows(windows: Sequence[Window], slots: Sequence[int], seq_len: int) 
         The micro-batch; token_index_T = slot * seq_len + position in the window.
     """
     sizes = [sum(window.lengths) for window in windows]
+    dtype = windows[0].dtype
     return PackedBatch(
-        tokens_T=np.concatenate([part for window in windows for part in window.inputs]).astype(
-            np.int64
-        ),
-        labels_T=np.concatenate([part for window in windows for part in window.labels]).astype(
-            np.int64
-        ),
+        tokens_T=_widened([part for window in windows for part in window.inputs], dtype),
+        labels_T=_widened([part for window in windows for part in window.labels], dtype),
         cu_seqlens=_ends([length for window in windows for length in window.lengths]),
         token_index_T=token_index(slots, sizes, seq_len),
         sample_ids=tuple(window.number for window in windows),
@@ -118,6 +119,11 @@ def token_index(slots: Sequence[int], sizes: Sequence[int], seq_len: int) -> np.
             for slot, size in zip(slots, sizes, strict=True)
         ]
     )
+
+
+def _widened(parts: Sequence[bytes], dtype: np.dtype[Any]) -> np.ndarray:
+    """Returns stored tokens, joined, as int64."""
+    return np.frombuffer(b"".join(parts), dtype).astype(np.int64)
 
 
 def _ends(lengths: Sequence[int]) -> np.ndarray:

@@ -127,7 +127,7 @@ class _PreviewReader:
         # Input 0 is the end of text before the document, input i its token i - 1.
         tokens = shard.tokens(document, max(part.start - 1, 0), part.stop - 1)
         metadata = shard.metadata(document)
-        text = self._tokenizer.decode(tokens.astype(np.int64))
+        text = self._tokenizer.decode(np.frombuffer(tokens, shard.dtype))
         return PreviewPiece(metadata["id"], metadata["domain"], part.start, part.stop, places, text)
 
     def _left_out(

@@ -21,7 +21,7 @@ from data_pipeline.mixture import Mixture, source_quotas
 from data_pipeline.order import SourceOrder, Stretch, WindowPlace
 from data_pipeline.packing import Window, make_sample
 from data_pipeline.phases import Phase
-from data_pipeline.shards import ShardReader
+from data_pipeline.shards import ShardReader, stored_dtype
 from data_pipeline.storage import open_storage
 
 
@@ -56,6 +56,11 @@ class SampleReader:
         self._sources = [
             SourceReader(source, data, seed, key) for source, key in zip(sources, keys, strict=True)
         ]
+        if len({source.dtype for source in self._sources}) > 1:
+            raise InputError(
+                f"data.{split}: its shards hold tokens of different sizes, so they have different "
+                "tokenizers; prepare them again with the same --tokenizer"
+            )
 
     def sample(self, number: int) -> Sample:
         """Returns sample `number`, O(1) in the number.
@@ -93,7 +98,8 @@ class SourceReader:
         self.reader = ShardReader(index, storage)
         self.order = make_order(index, self.reader, data, seed, key)
         self._label = source.label
-        self._eos = np.array([index.eos_id], dtype=np.dtype(index.token_dtype).newbyteorder("<"))
+        self.dtype = stored_dtype(index)
+        self._eos = np.array([index.eos_id], self.dtype).tobytes()
         self._skips = data.on_damage == "skip"
         self._busy: dict[int, int] = {}
 
@@ -106,7 +112,7 @@ class SourceReader:
     def window(self, turn: int, number: int, with_ids: bool) -> Window:
         """Returns the source's sample `turn` as sample `number` of the run."""
         place = self.order.place(turn)
-        window = Window(number, self._label, place.epoch)
+        window = Window(number, self._label, place.epoch, self.dtype)
         thread = threading.get_ident()
         for stretch in self.order.stretches(place):
             self._busy[thread] = stretch.shard

@@ -72,7 +72,7 @@ class OpenShard:
         """Reads the document table; the tar is opened when it is first needed."""
         self.table = load_table(index, storage, shard)
         self._index, self._storage, self._shard = index, storage, shard
-        self._dtype = np.dtype(index.token_dtype).newbyteorder("<")
+        self.dtype = stored_dtype(index)
         self._file: StoredFile | None = None
         # Views, whose items are plain numbers: an item of an array costs ten times as much.
         rows = self.table.rows
@@ -81,7 +81,7 @@ class OpenShard:
         self._first_checksum = self.table.first_checksum.data
         self._checksums = self.table.checksums.data
 
-    def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
+    def tokens(self, document: int, start: int, stop: int) -> bytes:
         """Reads tokens [start, stop) of a document.
 
         Args:
@@ -90,19 +90,19 @@ class OpenShard:
             stop: one past the last, <= num_tokens of the document.
 
         Returns:
-            The tokens as they are stored, uint16 or uint32 (stop - start,).
+            The bytes of the tokens as they are stored, uint16 or uint32, little-endian.
 
         Raises:
             DamagedDataError: the file is missing or cut, or its bytes are not those written.
             StorageError: the storage does not answer.
         """
         if start == stop:
-            return np.empty(0, dtype=self._dtype)
+            return b""
         # Whole checksum chunks around the range: at most two chunks more than asked for.
         chunk = start // CHECKSUM_TOKENS
         first = chunk * CHECKSUM_TOKENS
         last = min(-(-stop // CHECKSUM_TOKENS) * CHECKSUM_TOKENS, self.num_tokens[document])
-        itemsize = self._dtype.itemsize
+        itemsize = self.dtype.itemsize
         offset = self._tokens_offset[document] + first * itemsize
         size = (last - first) * itemsize
         contents = self._opened().pread(size, offset)
@@ -113,7 +113,7 @@ class OpenShard:
         wrong = self._wrong(contents, size, at)
         if wrong:
             raise self._damaged(f"document {document}: {wrong}")
-        return np.frombuffer(contents, self._dtype, stop - start, (start - first) * itemsize)
+        return contents[(start - first) * itemsize : (stop - first) * itemsize]
 
     def metadata(self, document: int) -> dict[str, Any]:
         """Reads a document's id, domain, source, num_bytes and num_tokens.
@@ -144,7 +144,7 @@ class OpenShard:
         """Returns what is wrong with whole chunks of tokens, or an empty string."""
         if len(contents) != size:
             return f"the file ends {size - len(contents)} bytes too early"
-        step = CHECKSUM_TOKENS * self._dtype.itemsize
+        step = CHECKSUM_TOKENS * self.dtype.itemsize
         if size <= step:  # most documents: spares the slicing
             sound = crc32(contents) == self._checksums[at]
         else:
@@ -168,6 +168,11 @@ class OpenShard:
 
     def _damaged(self, what: str) -> DamagedDataError:
         return damaged(self._index, self._storage.path(self._shard.tar_name), what)
+
+
+def stored_dtype(index: ShardIndex) -> np.dtype[Any]:
+    """Returns the type of the tokens as they are stored."""
+    return np.dtype(index.token_dtype).newbyteorder("<")
 
 
 def load_table(index: ShardIndex, storage: Storage, shard: Shard) -> DocumentTable:
@@ -223,12 +228,13 @@ def open_documents(
 def read_document(shard: OpenShard, document: int) -> Document:
     """Reads a whole document; raises DamagedDataError where it is damaged."""
     metadata = shard.metadata(document)
+    tokens = shard.tokens(document, 0, metadata["num_tokens"])
     return Document(
         id=metadata["id"],
         domain=metadata["domain"],
         source=metadata["source"],
         num_bytes=metadata["num_bytes"],
-        tokens_T=shard.tokens(document, 0, metadata["num_tokens"]).astype(np.int64),
+        tokens_T=np.frombuffer(tokens, shard.dtype).astype(np.int64),
     )
 
 

@@ -8,16 +8,18 @@ import pytest
 from data_pipeline.packing import Window, make_sample, pack_windows
 
 EOS = 99
-EOS_ARRAY = np.array([EOS], dtype="<u2")
+DTYPE = np.dtype("<u2")
+STORED_EOS = np.array([EOS], DTYPE).tobytes()
 
 
 def window_of(number: int, num_tokens: int, pieces: list[tuple[int, int]]) -> Window:
     """Returns a window of stretches of one document of tokens 10, 11, ..."""
-    text = np.arange(10, 10 + num_tokens, dtype="<u2")
-    window = Window(number, "source", 0)
+    text = np.arange(10, 10 + num_tokens, dtype=DTYPE)
+    window = Window(number, "source", 0, DTYPE)
     for start, stop in pieces:
         opens, closes = start == 0, stop == num_tokens + 1
-        window.add(text[start - 1 + opens : stop - closes], opens, closes, EOS_ARRAY)
+        stored = text[start - 1 + opens : stop - closes].tobytes()
+        window.add(stored, opens, closes, STORED_EOS)
         window.document_ids.append("d")
     return window
 
@@ -37,8 +39,8 @@ def test_a_piece_is_a_stretch_of_the_documents_stream(num_tokens: int) -> None:
 
 def test_an_empty_document_is_one_place() -> None:
     """What stands for a sample of which nothing could be read: it opens and closes at once."""
-    window = Window(0, "source", 0)
-    window.add_empty_document(EOS_ARRAY)
+    window = Window(0, "source", 0, DTYPE)
+    window.add_empty_document(STORED_EOS)
     sample = make_sample(window)
     assert sample.tokens_T.tolist() == sample.labels_T.tolist() == [EOS]
     assert sample.cu_seqlens.tolist() == [0, 1] and len(sample.document_ids) == 1

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
 from fsspec.registry import known_implementations
 
@@ -332,7 +333,7 @@ def test_a_byte_that_flips_in_a_copy_is_brought_again_from_the_store(
         copy.write_bytes(bytes(byte ^ 1 for byte in copy.read_bytes()))
     reader = ShardReader(read_index(folder.location, folder), folder)
     found = [
-        shard.tokens(document, 0, num_tokens).tolist()
+        np.frombuffer(shard.tokens(document, 0, num_tokens), shard.dtype).tolist()
         for shard in (reader.shard(number) for number in range(len(reader.index.shards)))
         for document, num_tokens in enumerate(shard.num_tokens)
     ]

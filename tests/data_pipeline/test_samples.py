@@ -130,12 +130,10 @@ def test_a_packer_with_a_fault_is_caught(
     sound = packing.make_sample
 
     def broken(window: packing.Window) -> Sample:
-        eos = np.array([EOS], dtype="<u2")
         if fault == "label at the cut":
-            last = window.labels[-1]
-            window.labels[-1] = np.concatenate((last[:-1], eos))
+            window.labels[-1] = window.labels[-1][:-2] + np.array([EOS], "<u2").tobytes()
         elif fault == "document start":
-            window.inputs[0], window.labels[0] = window.inputs[0][1:], window.labels[0][1:]
+            window.inputs[0], window.labels[0] = window.inputs[0][2:], window.labels[0][2:]
             window.lengths[0] -= 1
         else:
             window.lengths.reverse()
