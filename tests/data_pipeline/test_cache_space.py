@@ -14,7 +14,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.cache_space import CacheSpace, Entry, Partial, is_locked
@@ -60,6 +60,7 @@ def test_a_removed_copy_is_read_on_by_whoever_has_it_open(store: FolderStore) ->
     assert file.pread(10**6, 0) == b"a" + SHARD
 
 
+@settings(deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 3000), min_size=1, max_size=6),
     reads=st.lists(st.integers(0, 5), max_size=15),
