@@ -16,6 +16,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import threading
 import zlib
 from collections.abc import Sequence
 from functools import lru_cache
@@ -48,6 +49,10 @@ _NAME_BYTES = 100
 _LARGEST_MEMBER = 8**11
 _TEMPLATE = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
 _TEMPLATE_SUM = sum(_TEMPLATE[:124]) + sum(_TEMPLATE[135:148]) + 8 * 0x20 + sum(_TEMPLATE[156:])
+
+# numpy parses headers with Python's own parser, whose depth of recursion is one number for all
+# threads: two at once, with the garbage collector in between, fail with "recursion depth mismatch".
+_parsing = threading.Lock()
 
 
 class EncodedRecord(NamedTuple):
@@ -156,7 +161,8 @@ def decode_table(contents: bytes) -> DocumentTable:
 def load_array(file: BinaryIO) -> np.ndarray:
     """Reads an array of the .npy format; raises ValueError where the bytes are none."""
     try:
-        array: np.ndarray = np.load(file, allow_pickle=False)
+        with _parsing:
+            array: np.ndarray = np.load(file, allow_pickle=False)
     except Exception as error:  # numpy's parser of headers lets through what Python's raises
         raise ValueError(f"no array ({' '.join(str(error).split())})") from error
     return array
