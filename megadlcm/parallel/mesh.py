@@ -104,21 +104,6 @@ class ParallelMesh:
         """Whether this process reads the samples of its replica and hands them to the others."""
         return self.tensor_parallel_rank == 0 and self.pipeline_rank == 0
 
-    @property
-    def data_rank(self) -> int:
-        """The process that reads the samples of this replica."""
-        return self.data_parallel_rank * self.tensor_parallel_size
-
-    @property
-    def replica_ranks(self) -> list[tuple[int, int]]:
-        """Rank and stage of every process of this replica, in rank order."""
-        per_stage = self.tensor_parallel_size * self.data_parallel_size
-        return [
-            (stage * per_stage + self.data_rank + part, stage)
-            for stage in range(self.pipeline_parallel_size)
-            for part in range(self.tensor_parallel_size)
-        ]
-
     def rank_of_stage(self, stage: int) -> int:
         """The process with this one's place in its layers and replicas, on another stage."""
         per_stage = self.tensor_parallel_size * self.data_parallel_size

@@ -65,7 +65,9 @@ class ReplicaLoader(Iterator[StepBatch]):
         assert (loader is not None) == mesh.reads_data
         self._loader, self._mesh, self._seq_len = loader, mesh, seq_len
         self._embedding_stage, self._head_stage = embedding_stage, head_stage
-        self._group = mesh.model_parallel_group if len(mesh.replica_ranks) > 1 else None
+        self._data_rank = mesh.data_parallel_rank * mesh.tensor_parallel_size
+        self._ranks = _replica_ranks(mesh)
+        self._group = mesh.model_parallel_group if len(self._ranks) > 1 else None
 
     def __next__(self) -> StepBatch:
         """Returns the next step; raises what reading it raised, on the process that read it."""
@@ -89,7 +91,7 @@ class ReplicaLoader(Iterator[StepBatch]):
         self._share(_Step(shapes, batch.first_sample, batch.skipped))
         inputs = _joined([packed.tokens_T for packed in batch.micro_batches])
         labels = _joined([packed.labels_T for packed in batch.micro_batches])
-        for rank, stage in self._mesh.replica_ranks:
+        for rank, stage in self._ranks:
             if rank == self._mesh.rank:
                 continue
             for tokens, needed in ((inputs, self._embedding_stage), (labels, self._head_stage)):
@@ -125,17 +127,28 @@ class ReplicaLoader(Iterator[StepBatch]):
         if not needed:
             return [np.full(size, ABSENT, dtype=np.int64) for size in sizes]
         tokens = torch.empty(sum(sizes), dtype=torch.int32)
-        with doing(f"tokens of the step from rank {self._mesh.data_rank}"):
-            dist.recv(tokens, src=self._mesh.data_rank, group=self._group)
+        with doing(f"tokens of the step from rank {self._data_rank}"):
+            dist.recv(tokens, src=self._data_rank, group=self._group)
         return np.split(tokens.numpy().astype(np.int64), np.cumsum(sizes)[:-1])
 
     def _share(self, step: _Step | None) -> Any:
         values = [step]
-        with doing(f"the step's documents from rank {self._mesh.data_rank}"):
+        with doing(f"the step's documents from rank {self._data_rank}"):
             dist.broadcast_object_list(
-                values, src=self._mesh.data_rank, group=self._group, device=torch.device("cpu")
+                values, src=self._data_rank, group=self._group, device=torch.device("cpu")
             )
         return values[0]
+
+
+def _replica_ranks(mesh: ParallelMesh) -> list[tuple[int, int]]:
+    """Returns rank and stage of every process of this replica, in rank order."""
+    per_stage = mesh.tensor_parallel_size * mesh.data_parallel_size
+    first = mesh.data_parallel_rank * mesh.tensor_parallel_size
+    return [
+        (stage * per_stage + first + part, stage)
+        for stage in range(mesh.pipeline_parallel_size)
+        for part in range(mesh.tensor_parallel_size)
+    ]
 
 
 def _joined(parts: list[np.ndarray]) -> torch.Tensor:
