@@ -27,11 +27,11 @@ from typing import Any
 
 from benchmarks.measuring import (
     Timing,
-    cpu_ratio,
+    compared,
+    described,
     machine,
-    speed_ratio,
     spread,
-    tokens_per_second,
+    table,
     use_cores,
 )
 from data_pipeline.index import read_index
@@ -197,41 +197,26 @@ def compare(timings: Mapping[str, list[Timing]]) -> dict[str, Any]:
         (timings[name] for name in (THREADS, PROCESSES)),
         key=lambda row: spread([timing.wall_seconds for timing in row])["median"],
     )
-    return {
-        name: {
-            "tokens_per_second": tokens_per_second(row),
-            "over_bare": speed_ratio(row, bare),
-            "over_bare_by_processor_time": cpu_ratio(row, bare),
-        }
-        for name, row in timings.items()
-    }
+    return {name: compared(row, bare, turned=False) for name, row in timings.items()}
 
 
 def report(result: Mapping[str, Any]) -> str:
     """Returns the result as markdown."""
-    facts = result["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     lines = [
         "# Preparing",
         "",
-        f"{facts['cores']} cores of {facts['processor']}; {versions}.",
+        described(result["machine"]),
         f"{result['num_tokens']:,} tokens, {result['num_bytes']:,} bytes of text in "
         f"{result['num_documents']:,} documents, gzip. {result['rounds']} rounds; medians, and the "
         "range over the rounds in brackets.",
         "`prepare` is the whole command from its start to its end; the bare loop has its texts in "
         "memory and its processes running.",
+        "Time by the wall, and of the processors: they differ where cores are idle, or where "
+        "others used them.",
         f"Aim: at least {GOAL:g} of the faster bare variant.",
         "",
-        "| way | M tokens/s | over bare | by processor time |",
-        "|---|---|---|---|",
+        *table(result["ways"], "over bare"),
     ]
-    for name, row in result["ways"].items():
-        speed, ratio = row["tokens_per_second"], row["over_bare"]
-        lines.append(
-            f"| {name} | {speed['median'] / 1e6:.2f} | {ratio['median']:.2f} "
-            f"({ratio['min']:.2f} - {ratio['max']:.2f}) "
-            f"| {row['over_bare_by_processor_time']['median']:.2f} |"
-        )
     return "\n".join(lines) + "\n"
 
 

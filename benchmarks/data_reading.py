@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measuring import (
-    Timing,
     Work,
-    cpu_ratio,
+    compared,
+    described,
     interleaved,
     machine,
-    speed_ratio,
-    tokens_per_second,
+    table,
     use_cores,
 )
 from benchmarks.reading_ways import (
@@ -101,48 +100,35 @@ def measure(index: ShardIndex, seq_len: int, tokens: int, rounds: int) -> dict[s
         for path in tar_paths(index):
             Path(path).read_bytes()  # the page cache is warm from here on
         timings = interleaved(ways, rounds)
-    return {"seq_len": seq_len, "ways": {name: _row(timings, name) for name in WAYS}}
-
-
-def _row(timings: Mapping[str, list[Timing]], name: str) -> dict[str, Any] | str:
-    if name not in timings:
-        return "not installed"
-    return {
-        "tokens_per_second": tokens_per_second(timings[name]),
-        "ours_over_it": speed_ratio(timings[OURS], timings[name]),
-        "ours_over_it_by_processor_time": cpu_ratio(timings[OURS], timings[name]),
+    rows = {
+        name: compared(timings[name], timings[OURS], turned=True)
+        if name in timings
+        else "not installed"
+        for name in WAYS
     }
+    return {"seq_len": seq_len, "ways": rows}
 
 
 def report(result: Mapping[str, Any]) -> str:
     """Returns the result as markdown."""
-    facts, corpus = result["machine"], result["corpus"]
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    corpus = result["corpus"]
     lines = [
         "# Reading",
         "",
-        f"One of the cores of {facts['processor']}; {versions}.",
+        described(result["machine"]),
         f"{corpus['name']}: {corpus['num_tokens']:,} tokens in {corpus['num_documents']:,} "
         f"documents and {corpus['num_shards']} shards, in the page cache.",
         f"{result['rounds']} rounds, each way {result['tokens']:,} tokens a round; medians, and "
         "the range over the rounds in brackets.",
+        "Time by the wall, and of the processor: they differ where a way waits, or where others "
+        "used the core.",
         f"Micro-batches of {MICRO_BATCH_TOKENS:,} tokens. Aims: "
         + ", ".join(f"at least {goal:g} x {name}" for name, goal in GOALS)
         + ".",
     ]
     for measured in result["measured"]:
         lines += ["", f"## Windows of {measured['seq_len']} tokens", ""]
-        lines += ["| way | M tokens/s | ours / it | by processor time |", "|---|---|---|---|"]
-        for name, row in measured["ways"].items():
-            if isinstance(row, str):
-                lines.append(f"| {name} | {row} | | |")
-                continue
-            speed, ratio = row["tokens_per_second"], row["ours_over_it"]
-            lines.append(
-                f"| {name} | {speed['median'] / 1e6:.1f} | {ratio['median']:.2f} "
-                f"({ratio['min']:.2f} - {ratio['max']:.2f}) "
-                f"| {row['ours_over_it_by_processor_time']['median']:.2f} |"
-            )
+        lines += table(measured["ways"], "ours / it")
     lines += ["", "## The ways", ""]
     lines += [f"- {name}: {what}." for name, what in WAYS.items()]
     return "\n".join(lines) + "\n"

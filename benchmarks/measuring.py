@@ -8,7 +8,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Timing(NamedTuple):
@@ -55,31 +55,68 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def tokens_per_second(timings: Sequence[Timing]) -> dict[str, float]:
-    """Returns the spread of the speeds of one way, by the wall."""
-    return spread([each.tokens / each.wall_seconds for each in timings])
+def tokens_per_second(timings: Sequence[Timing], by: str = "wall_seconds") -> dict[str, float]:
+    """Returns the spread of the speeds of one way, by a clock of Timing."""
+    return spread([each.tokens / getattr(each, by) for each in timings])
 
 
-def speed_ratio(above: Sequence[Timing], below: Sequence[Timing]) -> dict[str, float]:
-    """Returns the spread of the round-by-round ratios of speeds, by the wall."""
-    return spread([_speed(one) / _speed(other) for one, other in zip(above, below, strict=True)])
-
-
-def cpu_ratio(above: Sequence[Timing], below: Sequence[Timing]) -> dict[str, float]:
-    """Returns the spread of the round-by-round ratios of tokens per second of processor time."""
+def speed_ratio(
+    above: Sequence[Timing], below: Sequence[Timing], by: str = "wall_seconds"
+) -> dict[str, float]:
+    """Returns the spread of the round-by-round ratios of speeds, by a clock of Timing."""
     return spread(
         [
-            one.tokens / one.cpu_seconds / (other.tokens / other.cpu_seconds)
+            one.tokens / getattr(one, by) / (other.tokens / getattr(other, by))
             for one, other in zip(above, below, strict=True)
         ]
     )
 
 
-def _speed(timing: Timing) -> float:
-    return timing.tokens / timing.wall_seconds
+def compared(timings: Sequence[Timing], other: Sequence[Timing], turned: bool) -> dict[str, Any]:
+    """Returns speeds by both clocks and their ratio to those of another way.
+
+    Args:
+        timings: of the way.
+        other: of the other way.
+        turned: whether the ratio is the other's speed over this one's.
+    """
+    above, below = (other, timings) if turned else (timings, other)
+    return {
+        f"{name}_by_{clock}": found
+        for clock in ("wall", "cpu")
+        for name, found in (
+            ("tokens_per_second", tokens_per_second(timings, f"{clock}_seconds")),
+            ("ratio", speed_ratio(above, below, f"{clock}_seconds")),
+        )
+    }
 
 
-def machine(*packages: str) -> dict[str, object]:
+def table(ways: Mapping[str, Any], ratio: str) -> list[str]:
+    """Returns a markdown table of what `compared` gives for each way, or of a text in its place."""
+    lines = [f"| way | M tokens/s | by processor time | {ratio} | by processor time |"]
+    lines.append("|---|---|---|---|---|")
+    for name, row in ways.items():
+        if isinstance(row, str):
+            lines.append(f"| {name} | {row} | | | |")
+            continue
+        wall, cpu = (row[f"tokens_per_second_by_{clock}"]["median"] for clock in ("wall", "cpu"))
+        ratios = [_with_range(row[f"ratio_by_{clock}"]) for clock in ("wall", "cpu")]
+        lines.append(f"| {name} | {wall / 1e6:.2f} | {cpu / 1e6:.2f} | {' | '.join(ratios)} |")
+    return lines
+
+
+def _with_range(found: Mapping[str, float]) -> str:
+    return "{median:.2g} ({min:.2g} - {max:.2g})".format(**found)
+
+
+def described(facts: Mapping[str, Any]) -> str:
+    """Returns a sentence on what `machine` says."""
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    cores = f"{facts['cores']} core" + "s" * (facts["cores"] > 1)
+    return f"{cores} of {facts['processor']}; {versions}."
+
+
+def machine(*packages: str) -> dict[str, Any]:
     """Returns the cores in use and the versions of Python, numpy and the packages that are here."""
     versions = {"python": platform.python_version()}
     for name in ("numpy", *packages):

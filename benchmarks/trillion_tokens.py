@@ -24,6 +24,7 @@ START = time.perf_counter()  # before numpy: its import is part of opening
 
 from benchmarks.order_checks import Corpus, check_all  # noqa: E402
 from benchmarks.synthetic_corpus import (  # noqa: E402
+    MEAN_TOKENS,
     document_lengths,
     enormous_index,
     write_index,
@@ -159,13 +160,14 @@ def measure(folder: Path, names: Sequence[str], rounds: int) -> dict[str, Any]:
 
 def report(result: dict[str, Any]) -> str:
     """Returns the result as markdown."""
-    facts = result["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    from benchmarks.measuring import described
+
     lines = [
         "# One trillion tokens",
         "",
-        f"{facts['processor']}; {versions}. {NUM_SHARDS:,} shards of at most {SHARD_TOKENS:,} "
-        f"tokens in about {SHARD_TOKENS // 714:,} documents, as one folder and as four, mixed "
+        described(result["machine"]),
+        f"{NUM_SHARDS:,} shards of at most {SHARD_TOKENS:,} tokens in about "
+        f"{SHARD_TOKENS // MEAN_TOKENS:,} documents, as one folder and as four, mixed "
         f"{', '.join(f'{weight:.0%} {name}' for name, weight in MIX.items())}.",
         f"The index of the one folder takes {result['index_bytes']['all']:,} bytes on disk.",
         "",

@@ -53,5 +53,5 @@ def test_the_faster_bare_variant_is_what_counts() -> None:
         PROCESSES: [Timing(100, 1.0, 2.0)],
         "prepare --workers 2": [Timing(100, 1.25, 2.5)],
     }
-    ratios = {name: row["over_bare"]["median"] for name, row in compare(timings).items()}
+    ratios = {name: row["ratio_by_wall"]["median"] for name, row in compare(timings).items()}
     assert ratios == {THREADS: 0.5, PROCESSES: 1.0, "prepare --workers 2": 0.8}
