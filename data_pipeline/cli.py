@@ -48,6 +48,13 @@ def add_data_parser(subparsers: Any) -> Any:
     data = add_command(subparsers, "data", "tokenizers and shard folders", DATA_EXAMPLE)
     commands = data.add_subparsers(dest="data_command", metavar="COMMAND", required=True)
 
+    _add_tokenizer(commands)
+    _add_prepare(commands)
+    add_folder_parsers(commands)
+    return commands
+
+
+def _add_tokenizer(commands: Any) -> None:
     tokenizer = add_command(
         commands, "tokenizer", "train a byte-level BPE tokenizer", TOKENIZER_EXAMPLE
     )
@@ -61,6 +68,8 @@ def add_data_parser(subparsers: Any) -> Any:
     tokenizer.add_argument("--overwrite", action="store_true", help="replace an existing file")
     tokenizer.set_defaults(func=run_tokenizer)
 
+
+def _add_prepare(commands: Any) -> None:
     prepare = add_command(
         commands, "prepare", "text to WebDataset shards and an index", PREPARE_EXAMPLE
     )
@@ -117,9 +126,6 @@ def add_data_parser(subparsers: Any) -> Any:
     )
     prepare.add_argument("--overwrite", action="store_true", help="replace finished shards")
     prepare.set_defaults(func=run_prepare)
-
-    add_folder_parsers(commands)
-    return commands
 
 
 def run_tokenizer(arguments: argparse.Namespace) -> int:

@@ -239,47 +239,18 @@ def _mean_and_max(counts: Sequence[int] | np.ndarray) -> tuple[float, int]:
 
 def render_simulation(found: Simulation, data: DataConfig, shape: RunShape) -> str:
     """Returns what `megadlcm data simulate` prints."""
-    table = text_table(
-        (
-            "source",
-            "weight",
-            "quota",
-            "samples",
-            "tokens",
-            "epochs at end",
-            "epoch tokens",
-            "epochs of run",
-            "block shards",
-            "block bytes",
-        ),
-        [
-            (
-                source.label,
-                f"{source.weight:g}",
-                f"{source.quota:,}",
-                f"{source.num_samples:,}",
-                f"{source.num_tokens:,}",
-                f"{source.end_epochs:.4g}",
-                f"{source.epoch_tokens:,}",
-                f"{source.run_epochs:.4g}",
-                f"{source.block.num_shards:,}",
-                f"{source.block.tar_bytes:,}",
-            )
-            for source in found.sources
-        ],
-    )
     whole = sum(source.whole_epochs for source in found.sources)
     steps, end = found.steps, found.start + found.num_samples
     enough = "enough" if data.cache_bytes >= found.cache_bytes else "TOO SMALL"
     facts = [
         ("samples", f"{found.start:,} to {end - 1:,} of {shape.train_samples:,} of the run"),
-        ("mixture", f"a period of {found.period:,} samples gives each source its quota"),
+        ("mixture", f"every period of {found.period:,} samples gives each source its quota"),
         ("steps", f"{found.num_steps:,} whole ones of {shape.global_batch_size:,} samples"),
         ("shards a step", f"mean {steps.job_mean:.1f}, most {steps.job_max:,} (whole job)"),
         (
             "shards a rank",
             f"mean {steps.rank_mean:.1f}, most {steps.rank_max:,} a step "
-            f"({shape.data_parallel_size:,} data-parallel ranks)",
+            f"(data-parallel size {shape.data_parallel_size:,})",
         ),
         ("open shards", f"at most {found.open_shards:,} in a reading process"),
         (
@@ -287,7 +258,7 @@ def render_simulation(found: Simulation, data: DataConfig, shape: RunShape) -> s
             f"{found.cache_bytes:,} bytes hold one shuffle block of every source; "
             f"data.cache_bytes = {data.cache_bytes:,} is {enough} (only URLs are cached)",
         ),
-        ("checked", f"no window twice in an epoch; {whole:,} whole epochs: each window once"),
+        ("checked", f"no window twice in an epoch; in {whole:,} whole epochs each window once"),
     ]
     for source in found.sources:
         if source.block.num_shards > KEPT_SHARDS:
@@ -297,4 +268,21 @@ def render_simulation(found: Simulation, data: DataConfig, shape: RunShape) -> s
                 "lower data.shuffle_block or prepare larger shards"
             )
             facts.append(("slow", advice))
-    return "\n".join([table, "", *(f"{name:<15}{value}" for name, value in facts)])
+    lines = [f"{name:<15}{value}" for name, value in facts]
+    return "\n".join([_source_table(found.sources), "", *lines])
+
+
+def _source_table(sources: Sequence[SourceFigures]) -> str:
+    columns = {
+        "weight": [f"{source.weight:g}" for source in sources],
+        "quota": [f"{source.quota:,}" for source in sources],
+        "samples": [f"{source.num_samples:,}" for source in sources],
+        "tokens": [f"{source.num_tokens:,}" for source in sources],
+        "epochs at end": [f"{source.end_epochs:.4g}" for source in sources],
+        "epoch tokens": [f"{source.epoch_tokens:,}" for source in sources],
+        "epochs of run": [f"{source.run_epochs:.4g}" for source in sources],
+        "block shards": [f"{source.block.num_shards:,}" for source in sources],
+        "block bytes": [f"{source.block.tar_bytes:,}" for source in sources],
+    }
+    labels = [source.label for source in sources]
+    return text_table(("source", *columns), list(zip(labels, *columns.values(), strict=True)))

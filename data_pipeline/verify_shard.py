@@ -29,8 +29,8 @@ from data_pipeline.records import (
     chunk_checksums,
     decode_table,
     encode_record,
-    load_array,
     is_tar_header,
+    load_array,
 )
 from data_pipeline.sources import shard_problem
 from data_pipeline.storage import Storage, StoredFile
@@ -301,7 +301,7 @@ class _Walk:
         if not contents.startswith(_header(key + b".npy", array_bytes), array_header):
             name = f"{key.decode('ascii', 'replace')}.npy"
             return _wrong_header(contents, base, array_header, name, array_bytes)
-        if not key or b"." in key or key == self._last_key:
+        if not key or b"." in key or b"\0" in key or key == self._last_key:
             return f"key {key!r} cannot be told from that of another record"
         self._last_key = key
         begin, end = at + BLOCK_BYTES, at + BLOCK_BYTES + metadata_bytes

@@ -59,6 +59,8 @@ def test_this_version_has_these_commands_and_no_others() -> None:
         "data prepare",
         "data inspect",
         "data verify",
+        "data preview",
+        "data simulate",
         "checkpoint",
         "checkpoint list",
         "checkpoint verify",
