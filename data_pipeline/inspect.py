@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 
 from data_pipeline.index import DomainCounts, ShardIndex
 from data_pipeline.storage import Storage
+
+_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Categories of characters that a terminal obeys or does not show, joiners and marks included."""
 
 
 def domain_table(domains: Mapping[str, DomainCounts]) -> str:
@@ -66,11 +70,27 @@ def shard_urls(index: ShardIndex, storage: Storage) -> Iterator[str]:
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Returns rows in columns, the first to the left and numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    shown = [header, *([printable(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     return "\n".join(
         "  ".join(
             cell.ljust(width) if column == 0 else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
-        for row in (header, *rows)
+        for row in shown
+    )
+
+
+def printable(text: str, kept: str = "") -> str:
+    """Returns a text whose characters a terminal shows and does not obey.
+
+    Args:
+        text: from anywhere.
+        kept: control characters that may stay.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        "\ufffd" if unicodedata.category(each) in _UNSEEN and each not in kept else each
+        for each in text
     )

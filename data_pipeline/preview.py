@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DamagedDataError, InputError
+from data_pipeline.inspect import printable
 from data_pipeline.mixture import Mixture, source_quotas
 from data_pipeline.order import Stretch
 from data_pipeline.samples import SourceReader
@@ -17,8 +17,6 @@ from data_pipeline.sources import read_tokenizer
 from data_pipeline.tokenizer import Tokenizer
 
 _KEPT = "\n\t"
-_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
-"""Categories of characters that a terminal obeys or does not show, joiners and marks included."""
 
 
 class PreviewPiece(NamedTuple):
@@ -172,18 +170,3 @@ def shorten(text: str, width: int) -> str:
     head, tail = width - width // 2, width // 2
     note = f" [... {len(text) - width:,} characters ...] "
     return text[:head] + note + text[len(text) - tail :]
-
-
-def printable(text: str, kept: str = "") -> str:
-    """Returns a text whose characters a terminal shows and does not obey.
-
-    Args:
-        text: from anywhere.
-        kept: control characters that may stay.
-    """
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(
-        "\ufffd" if unicodedata.category(each) in _UNSEEN and each not in kept else each
-        for each in text
-    )

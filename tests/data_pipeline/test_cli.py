@@ -38,10 +38,10 @@ def test_from_text_to_verified_shards(tmp_path: Path, capsys: pytest.CaptureFixt
     captured = capsys.readouterr()
     index = read_index(folder)
     rows = [line.split() for line in captured.out.splitlines()]
-    assert rows[0] == ["domain", "documents", "tokens", "bytes", "bytes/token"]
+    assert rows[0] == ["domain", "documents", "tokens", "bytes", "bytes/token", "share"]
     assert [row[0] for row in rows[1:4]] == ["a", "b", "all"]
     ratio = f"{index.num_bytes / index.num_tokens:.2f}"
-    expected = [str(len(TEXTS)), f"{index.num_tokens:,}", f"{index.num_bytes:,}", ratio]
+    expected = [str(len(TEXTS)), f"{index.num_tokens:,}", f"{index.num_bytes:,}", ratio, "100.0%"]
     assert rows[3][1:] == expected
     assert "1 empty" in captured.out
     assert "100%" in captured.err
@@ -56,9 +56,10 @@ def test_from_text_to_verified_shards(tmp_path: Path, capsys: pytest.CaptureFixt
     contents = bytearray(tar.read_bytes())
     contents[600] ^= 1
     tar.write_bytes(contents)
-    with pytest.raises(InputError, match=r"problems found: 1; prepare it again"):
+    with pytest.raises(InputError, match=r"problems found: 2; prepare it again"):
         run("verify", folder)
-    assert "shard-000000.tar" in capsys.readouterr().out
+    digest, metadata = capsys.readouterr().out.splitlines()
+    assert f"{tar}: sha256 differs" in digest and "document 0: its metadata" in metadata
 
 
 def test_a_small_corpus_says_that_its_vocabulary_is_small(
@@ -81,7 +82,8 @@ def test_verify_shows_how_far_it_is_inside_a_long_shard(
     assert len(read_index(folder).shards) == 1
     capsys.readouterr()
     monkeypatch.setattr("data_pipeline.progress.LINE_SECONDS", 0.0)
-    assert run("verify", folder) == 0
+    monkeypatch.setattr("data_pipeline.verify_shard.READ_BYTES", 1)
+    assert run("verify", folder, "--workers", "1") == 0
     shares = re.findall(r"^verify: (\d+)%", capsys.readouterr().err, re.MULTILINE)
     assert len(shares) >= len(TEXTS) and len(set(shares)) > 2
     assert [int(share) for share in shares] == sorted(int(share) for share in shares)
