@@ -54,7 +54,7 @@ def test_from_text_to_verified_shards(tmp_path: Path, capsys: pytest.CaptureFixt
     assert f"verify: 100%, {tar_bytes:,} bytes" in captured.err
     tar = folder / "shard-000000.tar"
     contents = bytearray(tar.read_bytes())
-    contents[600] ^= 1
+    contents[520] ^= 1
     tar.write_bytes(contents)
     with pytest.raises(InputError, match=r"problems found: 2; prepare it again"):
         run("verify", folder)
