@@ -125,8 +125,8 @@ class Simulator:
             AssertionError: the order breaks one of its promises.
         """
         self._check_quotas()
-        steps, num_steps, open_shards = self._step_figures(shape)
         sources = tuple(self._source_figures(shape, key) for key in range(len(self.sources)))
+        steps, num_steps, open_shards = self._step_figures(shape)
         return Simulation(
             start=self.start,
             num_samples=self.num_samples,
