@@ -8,6 +8,7 @@ import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,9 @@ def verify_folder(
 
     Yields:
         One line each; an `Unread` where the storage did not give the bytes.
+
+    Raises:
+        RuntimeError: a verifying process was killed.
     """
     storage = open_storage(index.location, options)
     yield from _tokenizer_problems(index, storage)
@@ -170,6 +174,11 @@ def _in_processes(
                 progress.update(done.value, done.value)
             progress.update(done.value, done.value)
             yield future.result()
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "a verifying process ended without a word, mostly for want of memory; start the same "
+            "command again with fewer --workers"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 
 from data_pipeline import read_index
 from data_pipeline.config import SourceConfig
+from data_pipeline.index import Shard
 from data_pipeline.storage import StorageOptions, open_storage
 from data_pipeline.verify import Unread, available_cores, verify_folder
 
@@ -96,6 +99,20 @@ def test_a_folder_behind_a_url_is_verified(make_numbered: MakeNumbered, tmp_path
         assert not isinstance(problem, Unread)
     finally:
         store.rm("/verified", recursive=True)
+
+
+def test_a_killed_process_ends_the_verification(
+    make_numbered: MakeNumbered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a word on what to do: it must neither hang nor pass."""
+    index = read_index(make_numbered(LENGTHS).path)
+    monkeypatch.setattr("data_pipeline.verify._verify", _kill_itself)
+    with pytest.raises(RuntimeError, match="fewer --workers"):
+        list(verify_folder(index, workers=2))
+
+
+def _kill_itself(shard: Shard) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_there_is_a_core() -> None:
