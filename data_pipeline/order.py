@@ -109,11 +109,11 @@ def permutation(size: int, seed: int, *key: int) -> np.ndarray:
 
 
 class ShardOrder(NamedTuple):
-    """The shards of one epoch."""
+    """The shards of one epoch; views, whose items are plain numbers."""
 
-    shards: np.ndarray
+    shards: memoryview
     """int64 (num_shards,): shard numbers in reading order."""
-    starts: np.ndarray
+    starts: memoryview
     """int64 (num_shards + 1,): stream position where each begins; the last entry is N."""
 
 
@@ -178,14 +178,15 @@ class SourceOrder:
 
     def stretches(self, place: WindowPlace) -> list[Stretch]:
         """Returns the parts of a window by shard, in stream order; needs no document table."""
-        shards = self._shards(place.epoch)
-        turn = int(np.searchsorted(shards.starts, place.start, side="right")) - 1
+        order = self._shards(place.epoch)
+        shards, starts = order.shards, order.starts
+        turn = bisect_right(starts, place.start) - 1
         found: list[Stretch] = []
-        position = place.start
-        while position < place.stop:
-            base, end = int(shards.starts[turn]), int(shards.starts[turn + 1])
-            stop = min(place.stop, end)
-            found.append(Stretch(int(shards.shards[turn]), position - base, stop - base))
+        position, last = place.start, place.stop
+        while position < last:
+            base, end = starts[turn], starts[turn + 1]
+            stop = end if end < last else last
+            found.append(Stretch(shards[turn], position - base, stop - base))
             position, turn = stop, turn + 1
         return found
 
@@ -207,7 +208,7 @@ class SourceOrder:
         def make() -> ShardOrder:
             size = len(self._shard_stream_tokens)
             order = permutation(size, self._seed, SHARD_ORDER, self._key, epoch)
-            return ShardOrder(order, _starts(self._shard_stream_tokens[order]))
+            return ShardOrder(order.data, _starts(self._shard_stream_tokens[order]).data)
 
         return self._shard_orders.get_or_make(epoch, make)
 

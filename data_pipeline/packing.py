@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,8 @@ class Window:
     """Of the tokens as they are stored, uint16 or uint32."""
     inputs: list[bytes] = field(default_factory=list)
     """Joined, they are the inputs. Bytes, for arrays of a few tokens cost more than their copy."""
-    labels: list[bytes] = field(default_factory=list)
-    """Joined, they are the labels."""
+    last_labels: list[bytes] = field(default_factory=list)
+    """One token per piece: the label of its last place. Every other label is the next input."""
     lengths: list[int] = field(default_factory=list)
     """Places of each piece."""
     document_ids: list[str] = field(default_factory=list)
@@ -52,14 +53,11 @@ class Window:
             closes: whether it ends with the document's end-of-text label.
             eos: the end-of-text token, stored like the text.
         """
-        # The four cases differ in who has one token more than the text, or one less.
         size = len(eos)
         if opens:
             self.inputs.append(eos)
         self.inputs.append(text if closes else text[:-size])
-        self.labels.append(text if opens else text[size:])
-        if closes:
-            self.labels.append(eos)
+        self.last_labels.append(eos if closes else text[-size:])
         self.lengths.append(len(text) // size - 1 + opens + closes)
 
     def add_empty_document(self, eos: bytes) -> None:
@@ -70,13 +68,14 @@ class Window:
 
 def make_sample(window: Window) -> Sample:
     """Returns a window as a sample of int64 tokens."""
+    tokens_T, labels_T, cu_seqlens = _joined([window])
     return Sample(
         index=window.number,
         source=window.source,
         epoch=window.epoch,
-        tokens_T=_widened(window.inputs, window.dtype),
-        labels_T=_widened(window.labels, window.dtype),
-        cu_seqlens=_ends(window.lengths),
+        tokens_T=tokens_T,
+        labels_T=labels_T,
+        cu_seqlens=cu_seqlens,
         document_ids=tuple(window.document_ids),
         skipped=tuple(window.skipped),
     )
@@ -94,14 +93,14 @@ def pack_windows(windows: Sequence[Window], slots: Sequence[int], seq_len: int) 
         The micro-batch; token_index_T = slot * seq_len + position in the window.
     """
     sizes = [sum(window.lengths) for window in windows]
-    dtype = windows[0].dtype
+    tokens_T, labels_T, cu_seqlens = _joined(windows)
     return PackedBatch(
-        tokens_T=_widened([part for window in windows for part in window.inputs], dtype),
-        labels_T=_widened([part for window in windows for part in window.labels], dtype),
-        cu_seqlens=_ends([length for window in windows for length in window.lengths]),
+        tokens_T=tokens_T,
+        labels_T=labels_T,
+        cu_seqlens=cu_seqlens,
         token_index_T=token_index(slots, sizes, seq_len),
-        sample_ids=tuple(window.number for window in windows),
-        sample_ends=tuple(np.cumsum(sizes).tolist()),
+        sample_ids=tuple([window.number for window in windows]),
+        sample_ends=tuple(accumulate(sizes)),
     )
 
 
@@ -121,12 +120,16 @@ def token_index(slots: Sequence[int], sizes: Sequence[int], seq_len: int) -> np.
     )
 
 
-def _widened(parts: Sequence[bytes], dtype: np.dtype[Any]) -> np.ndarray:
-    """Returns stored tokens, joined, as int64."""
-    return np.frombuffer(b"".join(parts), dtype).astype(np.int64)
-
-
-def _ends(lengths: Sequence[int]) -> np.ndarray:
-    ends = np.zeros(len(lengths) + 1, dtype=np.int32)
-    np.cumsum(lengths, out=ends[1:])
-    return ends
+def _joined(windows: Sequence[Window]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns inputs and labels, int64 (T,), and where the pieces begin, int32 (S + 1,)."""
+    dtype = windows[0].dtype
+    lengths = [length for window in windows for length in window.lengths]
+    cu_seqlens = np.zeros(len(lengths) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=cu_seqlens[1:])
+    inputs = b"".join([part for window in windows for part in window.inputs])
+    last_labels = b"".join([label for window in windows for label in window.last_labels])
+    tokens_T = np.frombuffer(inputs, dtype).astype(np.int64)
+    labels_T = np.empty_like(tokens_T)
+    labels_T[:-1] = tokens_T[1:]
+    labels_T[cu_seqlens[1:] - 1] = np.frombuffer(last_labels, dtype)
+    return tokens_T, labels_T, cu_seqlens

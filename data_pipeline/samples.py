@@ -130,15 +130,16 @@ class SourceReader:
     ) -> None:
         """Adds the pieces of one shard; none of them where the shard as a whole is unusable."""
         shard = self.reader.shard(stretch.shard)
+        num_tokens, tokens, eos = shard.num_tokens, shard.tokens, self._eos
         for document, start, stop in self.order.pieces(place.epoch, stretch):
             # Place i of a document's stream has the input t[i] and the label t[i + 1].
-            opens, closes = start == 0, stop > shard.num_tokens[document]
+            opens, closes = start == 0, stop > num_tokens[document]
             try:
-                text = shard.tokens(document, start - 1 + opens, stop - closes)
+                text = tokens(document, start - 1 + opens, stop - closes)
             except DamagedDataError as error:
                 self._leave_out(window, stretch, document, stop - start, error)
                 continue
-            window.add(text, opens, closes, self._eos)
+            window.add(text, opens, closes, eos)
             if with_ids:
                 window.document_ids.append(self._document_id(stretch.shard, document))
 
