@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import InputError
-from data_pipeline.folder_cli import add_command, add_folder_parsers
+from data_pipeline.inspection.cli import add_command, add_folder_parsers
 
 DATA_EXAMPLE = """\
 example:
@@ -130,10 +130,10 @@ def _add_prepare(commands: Any) -> None:
 
 def run_tokenizer(arguments: argparse.Namespace) -> int:
     """Trains a tokenizer on the documents and writes its tokenizer.json."""
-    from data_pipeline.documents import describe_left_out, read_documents
-    from data_pipeline.inputs import find_inputs
     from data_pipeline.output_folder import make_output_folder, write_durably
-    from data_pipeline.pieces import ReadProgress
+    from data_pipeline.prepare.documents import describe_left_out, read_documents
+    from data_pipeline.prepare.inputs import find_inputs
+    from data_pipeline.prepare.pieces import ReadProgress
     from data_pipeline.progress import Progress, say
     from data_pipeline.tokenizer import decode_tokenizer, train_tokenizer
 
@@ -183,9 +183,9 @@ def _check_tokenizer_file(output: Path, overwrite: bool) -> None:
 
 def run_prepare(arguments: argparse.Namespace) -> int:
     """Writes a shard folder, or a task's share of it, and prints what is in it by domain."""
-    from data_pipeline.documents import describe_left_out
-    from data_pipeline.inspect import domain_table
-    from data_pipeline.write_shards import PrepareOptions, prepare
+    from data_pipeline.inspection.describe import domain_table
+    from data_pipeline.prepare.documents import describe_left_out
+    from data_pipeline.prepare.write_shards import PrepareOptions, prepare
 
     options = PrepareOptions(
         inputs=tuple(arguments.input),

@@ -101,7 +101,7 @@ def open_storage(location: Location, options: StorageOptions | None = None) -> S
     options = options or StorageOptions()
     text = str(location)
     if "://" in text and not text.startswith("file://"):
-        from data_pipeline.remote import RemoteFolder  # fsspec is only needed for URLs
+        from data_pipeline.remote.folder import RemoteFolder  # fsspec is only needed for URLs
 
         return RemoteFolder(text, options)
     return LocalFolder(text.removeprefix("file://"), options)

@@ -10,7 +10,7 @@ from collections.abc import Generator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from data_pipeline.cache import Chunks, ShardCache
+from data_pipeline.remote.cache import Chunks, ShardCache
 from data_pipeline.storage import LocalFile, StorageOptions
 
 CHUNK_BYTES = 1000

@@ -62,9 +62,7 @@ def run_steps(
 ) -> list[LayoutStep]:
     """Runs steps as the trainer does, apart from schedule and calibration."""
     step, steps = TrainStep(engine, config), []
-    with contextlib.closing(
-        pretrain.open_loader(config, engine.mesh, state)
-    ) as loader:
+    with contextlib.closing(pretrain.open_loader(config, engine.mesh, state)) as loader:
         for _ in range(count):
             batch = next(loader)
             result = step.run(batch, state)

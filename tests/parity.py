@@ -19,7 +19,7 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
-from data_pipeline.write_shards import PrepareOptions, prepare
+from data_pipeline.prepare.write_shards import PrepareOptions, prepare
 from megadlcm.config import RunConfig
 from megadlcm.pretrain import open_loader
 from megadlcm.training import tensors

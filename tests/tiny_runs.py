@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.loader import StepLoader
+from data_pipeline.prepare.write_shards import PrepareOptions, prepare
 from data_pipeline.tokenizer import train_tokenizer
-from data_pipeline.write_shards import PrepareOptions, prepare
 from megadlcm.config import RunConfig, config_from_dict
 from megadlcm.parallel.mesh import join_process_group
 from megadlcm.parallel.partition import build_stage_model

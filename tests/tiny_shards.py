@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 
 from data_pipeline.config import DataConfig, SourceConfig
-from data_pipeline.documents import TextDocument
-from data_pipeline.encode import Batch, DocumentRules, join_records
 from data_pipeline.index import ShardIndex, read_index
-from data_pipeline.inputs import InputFile
-from data_pipeline.parts import PartState, PartWriter
-from data_pipeline.pieces import BEGINNING, Piece
-from data_pipeline.plan import Plan
-from data_pipeline.publish import publish
+from data_pipeline.prepare.documents import TextDocument
+from data_pipeline.prepare.encode import Batch, DocumentRules, join_records
+from data_pipeline.prepare.inputs import InputFile
+from data_pipeline.prepare.parts import PartState, PartWriter
+from data_pipeline.prepare.pieces import BEGINNING, Piece
+from data_pipeline.prepare.plan import Plan
+from data_pipeline.prepare.publish import publish
+from data_pipeline.prepare.work_folder import WorkFolder
 from data_pipeline.tokenizer import Tokenizer, decode_tokenizer
-from data_pipeline.work_folder import WorkFolder
 
 TEXTS = [
     "The cat sat on the mat, and the mat was flat.\n",

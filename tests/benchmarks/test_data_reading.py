@@ -13,9 +13,9 @@ from benchmarks.measuring import Timing, interleaved, speed_ratio
 from benchmarks.reading_ways import MappedTokens, config_for, reads_of, stock_windows, tar_paths
 from benchmarks.synthetic_corpus import document_lengths, write_corpus
 from data_pipeline.index import ShardIndex
+from data_pipeline.inspection.verify import verify_folder
 from data_pipeline.samples import SampleReader
 from data_pipeline.shards import open_documents
-from data_pipeline.verify import verify_folder
 
 SEQ_LEN = 256
 

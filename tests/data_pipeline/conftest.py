@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from data_pipeline.config import SourceConfig
+from data_pipeline.prepare.write_shards import PrepareOptions, prepare
 from data_pipeline.tokenizer import train_tokenizer
-from data_pipeline.write_shards import PrepareOptions, prepare
 from tests.tiny_shards import TEXTS, write_jsonl, write_numbered_folder
 
 

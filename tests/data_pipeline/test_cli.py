@@ -82,7 +82,7 @@ def test_verify_shows_how_far_it_is_inside_a_long_shard(
     assert len(read_index(folder).shards) == 1
     capsys.readouterr()
     monkeypatch.setattr("data_pipeline.progress.LINE_SECONDS", 0.0)
-    monkeypatch.setattr("data_pipeline.verify_shard.READ_BYTES", 1)
+    monkeypatch.setattr("data_pipeline.inspection.verify_shard.READ_BYTES", 1)
     assert run("verify", folder, "--workers", "1") == 0
     shares = re.findall(r"^verify: (\d+)%", capsys.readouterr().err, re.MULTILINE)
     assert len(shares) >= len(TEXTS) and len(set(shares)) > 2

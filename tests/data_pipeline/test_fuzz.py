@@ -25,10 +25,10 @@ from data_pipeline import read_index
 from data_pipeline.batch import Sample
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.errors import DamagedDataError, InputError
+from data_pipeline.inspection.verify import verify_folder
 from data_pipeline.records import CHECKSUM_TOKENS
 from data_pipeline.samples import SampleReader
 from data_pipeline.sources import check_sources
-from data_pipeline.verify import verify_folder
 from tests.tiny_shards import NUMBERED_VOCAB, config_of, write_numbered_folder
 
 LENGTHS = [3, 5, 40, 1, 9, 2 * CHECKSUM_TOKENS + 50, 30, 2]

@@ -16,11 +16,11 @@ from data_pipeline import open_samples, read_index
 from data_pipeline.config import SourceConfig
 from data_pipeline.errors import DamagedDataError, InputError
 from data_pipeline.index import Shard, ShardIndex, _header_digest
+from data_pipeline.inspection.verify import verify_folder
 from data_pipeline.records import CHECKSUM_TOKENS, decode_table
 from data_pipeline.shards import ShardReader, open_documents
 from data_pipeline.sources import check_sources
 from data_pipeline.storage import open_storage
-from data_pipeline.verify import verify_folder
 from tests.tiny_shards import NUMBERED_VOCAB, config_of, numbered_documents, one_line
 
 MakeNumbered = Callable[..., SourceConfig]

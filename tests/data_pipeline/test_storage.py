@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import DamagedDataError, InputError, StorageError
-from data_pipeline.remote import RemoteFolder
+from data_pipeline.remote.folder import RemoteFolder
 from data_pipeline.storage import (
     LONGEST_WAIT_SECONDS,
     LocalFile,

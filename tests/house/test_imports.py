@@ -48,7 +48,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "tensorboard": ("megadlcm/training/metrics.py",),
 }
 # the launcher's variables are read in one file; tokenizers takes its threads from another
-ENVIRONMENT = ("megadlcm/parallel/mesh.py", "data_pipeline/encode.py")
+ENVIRONMENT = ("megadlcm/parallel/mesh.py", "data_pipeline/prepare/encode.py")
 # runtime dependencies that no file imports: torch.utils.tensorboard does it, or a reader of shards
 NOT_IMPORTED = {"tensorboard", "webdataset"}
 NO_TORCH = (

@@ -59,7 +59,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, done.stdout
 
 
-def shard_digests(folder: Path) -> list[str]:
+def shard_digests(folder: Path) -> list[bytes]:
     """Digests of all shards of a quickstart."""
     paths = sorted((folder / "data").glob("*_*/index.json"))
     assert len(paths) == 4

@@ -10,7 +10,7 @@ import pytest
 
 from data_pipeline.errors import InputError
 from data_pipeline.index import read_index
-from data_pipeline.write_shards import PrepareOptions, prepare
+from data_pipeline.prepare.write_shards import PrepareOptions, prepare
 from megadlcm.config import RunConfig
 from megadlcm.training.checkpoint import save_checkpoint
 from megadlcm.training.state import TrainState

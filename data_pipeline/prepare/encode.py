@@ -21,8 +21,8 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from data_pipeline.documents import EMPTY, TextDocument, empty_document, piece_documents
-from data_pipeline.pieces import Piece
+from data_pipeline.prepare.documents import EMPTY, TextDocument, empty_document, piece_documents
+from data_pipeline.prepare.pieces import Piece
 from data_pipeline.records import DOCUMENT_DTYPE, encode_record
 from data_pipeline.tokenizer import Tokenizer, decode_tokenizer
 

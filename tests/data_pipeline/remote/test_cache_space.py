@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.cache_space import CacheSpace, Entry, Partial, is_locked
 from data_pipeline.errors import InputError, StorageError
+from data_pipeline.remote.cache_space import CacheSpace, Entry, Partial, is_locked
 from tests.cache_processes import (
     CHUNK_BYTES,
     FolderStore,

@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 
-from data_pipeline.cache_space import (
+from data_pipeline.errors import DamagedDataError, InputError, StorageError
+from data_pipeline.remote.cache_space import (
     DIGEST_CHARACTERS,
     CacheSpace,
     DiskFullError,
@@ -18,7 +19,6 @@ from data_pipeline.cache_space import (
     Partial,
     is_locked,
 )
-from data_pipeline.errors import DamagedDataError, InputError, StorageError
 from data_pipeline.storage import LocalFile, StorageOptions, patiently
 
 logger = logging.getLogger(__name__)

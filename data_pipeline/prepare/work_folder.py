@@ -17,8 +17,8 @@ from pathlib import Path
 from data_pipeline.errors import InputError
 from data_pipeline.locks import FileLock, lock_file
 from data_pipeline.output_folder import sync_folder, write_durably
-from data_pipeline.parts import PART_FILE, PartState, decode_state
-from data_pipeline.plan import Plan
+from data_pipeline.prepare.parts import PART_FILE, PartState, decode_state
+from data_pipeline.prepare.plan import Plan
 
 UNFINISHED_FOLDER = ".unfinished"
 PLAN_FILE = "plan.json"

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.encode import token_dtype
 from data_pipeline.index import (
     INDEX_FILE,
     SHARD_DTYPE,
@@ -26,11 +25,12 @@ from data_pipeline.index import (
     read_index,
 )
 from data_pipeline.output_folder import sync_folder, write_durably
-from data_pipeline.parts import NOTHING, PartState, table_file, tar_file
-from data_pipeline.plan import Plan
-from data_pipeline.prepared import PREPARED_FILE, decode_prepared, encode_prepared
+from data_pipeline.prepare.encode import token_dtype
+from data_pipeline.prepare.parts import NOTHING, PartState, table_file, tar_file
+from data_pipeline.prepare.plan import Plan
+from data_pipeline.prepare.prepared import PREPARED_FILE, decode_prepared, encode_prepared
+from data_pipeline.prepare.work_folder import WorkFolder
 from data_pipeline.tokenizer import TOKENIZER_FILE, Tokenizer
-from data_pipeline.work_folder import WorkFolder
 
 READY_FOLDER = "ready"
 OUR_SHARDS = re.compile(r"shard-(\d{6,})\.(tar|documents\.npy)")

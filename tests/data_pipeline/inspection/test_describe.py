@@ -12,7 +12,7 @@ from data_pipeline import read_index
 from data_pipeline.cli import add_data_parser
 from data_pipeline.config import SourceConfig
 from data_pipeline.index import DomainCounts
-from data_pipeline.inspect import (
+from data_pipeline.inspection.describe import (
     describe,
     domain_table,
     printable,

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 from data_pipeline.errors import InputError, StorageError
 from data_pipeline.index import DomainCounts, Shard, ShardIndex
-from data_pipeline.prepared import PREPARED_FILE, decode_prepared
+from data_pipeline.inspection.verify_shard import FolderFacts, ShardReport, verify_shard
+from data_pipeline.prepare.prepared import PREPARED_FILE, decode_prepared
 from data_pipeline.progress import Progress, say
 from data_pipeline.sources import read_tokenizer
 from data_pipeline.storage import Storage, StorageOptions, open_storage
 from data_pipeline.tokenizer import TOKENIZER_FILE
-from data_pipeline.verify_shard import FolderFacts, ShardReport, verify_shard
 
 if TYPE_CHECKING:
     from multiprocessing.sharedctypes import Synchronized

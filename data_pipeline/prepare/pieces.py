@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from data_pipeline.errors import InputError, StorageError
-from data_pipeline.inputs import InputFile
+from data_pipeline.prepare.inputs import InputFile
 
 PIECE_BYTES = 1 << 20
 """A piece of lines or rows is about as large; a longer record is a piece of its own."""
@@ -98,7 +98,9 @@ def read_pieces(
 def _file_pieces(file: InputFile, raw: IO[bytes], skip: int) -> Iterator[tuple[int, bytes, int]]:
     """Yields (records of the file before, contents, number of records) behind `skip` records."""
     if file.kind == "rows":
-        from data_pipeline.parquet import read_rows  # loads pyarrow, which only Parquet needs
+        from data_pipeline.prepare.parquet import (
+            read_rows,  # loads pyarrow, which only Parquet needs
+        )
 
         yield from read_rows(file.path, raw, skip, PIECE_BYTES)
     elif file.kind == "lines":

@@ -14,6 +14,12 @@ import pytest
 from data_pipeline import read_index
 from data_pipeline.config import SourceConfig
 from data_pipeline.index import Shard
+from data_pipeline.inspection.verify_shard import (
+    SHOWN_DOCUMENTS,
+    FolderFacts,
+    ShardReport,
+    verify_shard,
+)
 from data_pipeline.records import (
     BLOCK_BYTES,
     CHECKSUM_TOKENS,
@@ -24,7 +30,6 @@ from data_pipeline.records import (
     encode_table,
 )
 from data_pipeline.storage import LocalFile, StorageOptions, open_storage
-from data_pipeline.verify_shard import SHOWN_DOCUMENTS, FolderFacts, ShardReport, verify_shard
 from tests.tiny_shards import NUMBERED_VOCAB
 
 MakeNumbered = Callable[..., SourceConfig]
@@ -195,7 +200,7 @@ def test_each_byte_is_read_once(
             return contents
 
         with monkeypatch.context() as patch:
-            patch.setattr("data_pipeline.verify_shard.READ_BYTES", read_bytes)
+            patch.setattr("data_pipeline.inspection.verify_shard.READ_BYTES", read_bytes)
             patch.setattr(LocalFile, "pread", counted)
             assert look(source.path, shard).problems == ()
         assert sum(reads) == shard.tar_bytes + first_look

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
-from data_pipeline.encode import DocumentRules
-from data_pipeline.inputs import InputFile
+from data_pipeline.prepare.encode import DocumentRules
+from data_pipeline.prepare.inputs import InputFile
 
 VERSION = 1
 

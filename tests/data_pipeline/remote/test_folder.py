@@ -21,7 +21,7 @@ from fsspec.registry import known_implementations
 
 from data_pipeline.errors import DamagedDataError, InputError, StorageError
 from data_pipeline.index import read_index
-from data_pipeline.remote import RemoteFolder
+from data_pipeline.remote.folder import RemoteFolder
 from data_pipeline.shards import ShardReader, open_documents
 from data_pipeline.storage import StorageOptions, open_storage
 from tests.faulty_stores import BotoError, FaultyFileSystem, FlakyHandler, StatusError, caused

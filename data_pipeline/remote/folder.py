@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import fsspec
 from fsspec.core import get_filesystem_class, split_protocol, url_to_fs
 
-from data_pipeline.cache import ShardCache
 from data_pipeline.errors import InputError
+from data_pipeline.remote.cache import ShardCache
 from data_pipeline.storage import StorageOptions, StoredFile, patiently
 
 Result = TypeVar("Result")

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from data_pipeline.config import DataConfig, SourceConfig
+from data_pipeline.inspection.verify import verify_folder
 from data_pipeline.packing import pack_windows
+from data_pipeline.prepare.write_shards import PrepareOptions, prepare
 from data_pipeline.samples import SampleReader
 from data_pipeline.shards import open_documents
 from data_pipeline.tokenizer import load_tokenizer
-from data_pipeline.verify import verify_folder
-from data_pipeline.write_shards import PrepareOptions, prepare
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
 
 
 TRAIN_TOKENS = {"en": 3_821_364, "zh": 4_427_103, "code": 1_682_060, "math": 2_493_369}

@@ -16,11 +16,11 @@ import pytest
 
 from data_pipeline import open_samples, read_index
 from data_pipeline.config import SourceConfig
-from data_pipeline.documents import TextDocument
 from data_pipeline.errors import InputError
+from data_pipeline.prepare.documents import TextDocument
+from data_pipeline.prepare.write_shards import PrepareOptions, prepare
 from data_pipeline.shards import open_documents
 from data_pipeline.tokenizer import load_tokenizer
-from data_pipeline.write_shards import PrepareOptions, prepare
 from tests.tiny_shards import TEXTS, config_of, one_line, write_documents
 
 MakeShards = Callable[..., Path]
@@ -97,8 +97,8 @@ def test_the_same_input_gives_the_same_bytes_whatever_the_workers(
     make_shards: MakeShards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches small enough that the workers finish out of turn."""
-    monkeypatch.setattr("data_pipeline.pieces.PIECE_BYTES", 200)
-    monkeypatch.setattr("data_pipeline.encode.BATCH_BYTES", 300)
+    monkeypatch.setattr("data_pipeline.prepare.pieces.PIECE_BYTES", 200)
+    monkeypatch.setattr("data_pipeline.prepare.encode.BATCH_BYTES", 300)
     texts = [text * (1 + number % 7) for number, text in enumerate(TEXTS * 4)]
     one = contents(make_shards("one", texts, shard_tokens=100))
     two = contents(make_shards("two", texts, shard_tokens=100, workers=2))

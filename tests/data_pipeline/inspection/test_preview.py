@@ -12,7 +12,7 @@ import pytest
 from data_pipeline import open_samples, read_index
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.errors import DamagedDataError, InputError
-from data_pipeline.preview import (
+from data_pipeline.inspection.preview import (
     PreviewPiece,
     PreviewSample,
     preview_samples,

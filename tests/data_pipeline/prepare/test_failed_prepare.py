@@ -14,8 +14,8 @@ import pytest
 
 from data_pipeline import read_index
 from data_pipeline.errors import InputError, StorageError
-from data_pipeline.verify import verify_folder
-from data_pipeline.write_shards import PrepareOptions, prepare
+from data_pipeline.inspection.verify import verify_folder
+from data_pipeline.prepare.write_shards import PrepareOptions, prepare
 from tests.tiny_shards import TEXTS, one_line, write_jsonl
 
 MakeShards = Callable[..., Path]
@@ -69,8 +69,8 @@ def test_finished_shards_outlive_a_prepare_that_fails(
     make_shards: MakeShards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An error in the last document, or before the last file: --overwrite replaces the whole."""
-    monkeypatch.setattr("data_pipeline.pieces.PIECE_BYTES", 50)
-    monkeypatch.setattr("data_pipeline.encode.BATCH_BYTES", 1)
+    monkeypatch.setattr("data_pipeline.prepare.pieces.PIECE_BYTES", 50)
+    monkeypatch.setattr("data_pipeline.prepare.encode.BATCH_BYTES", 1)
     folder = make_shards(shard_tokens=20)
     before = files(folder)
     for texts, message in (([*TEXTS[::-1], ""], "is empty"), ([""], "is empty")):
@@ -85,7 +85,7 @@ def test_finished_shards_outlive_a_prepare_that_fails(
         raise OSError(errno.ENOSPC, "no space left on the device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("data_pipeline.publish.write_durably", full)
+        patch.setattr("data_pipeline.prepare.publish.write_durably", full)
         with pytest.raises(StorageError, match=r"no space left.*start the same command") as error:
             make_shards(texts=TEXTS[::-1], overwrite=True, shard_tokens=20)
         one_line(error)
@@ -107,7 +107,7 @@ def test_a_failed_prepare_leaves_no_index(make_shards: MakeShards, tmp_path: Pat
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from data_pipeline import parts, publish, write_shards
+from data_pipeline.prepare import parts, publish, write_shards
 
 owner, name = {place}
 sound, calls = getattr(owner, name), 0

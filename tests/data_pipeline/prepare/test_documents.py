@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from data_pipeline.documents import TextDocument, describe_left_out, read_documents
 from data_pipeline.errors import InputError
-from data_pipeline.inputs import find_inputs
-from data_pipeline.pieces import ReadProgress
+from data_pipeline.prepare.documents import TextDocument, describe_left_out, read_documents
+from data_pipeline.prepare.inputs import find_inputs
+from data_pipeline.prepare.pieces import ReadProgress
 from tests.tiny_shards import TEXTS, one_line, write_jsonl
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DamagedDataError, InputError
-from data_pipeline.inspect import printable
+from data_pipeline.inspection.describe import printable
 from data_pipeline.mixture import Mixture, source_quotas
 from data_pipeline.order import Stretch
 from data_pipeline.samples import SourceReader

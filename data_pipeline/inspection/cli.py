@@ -79,7 +79,7 @@ def add_location(parser: argparse.ArgumentParser) -> None:
 def run_inspect(arguments: argparse.Namespace) -> int:
     """Prints shards, tokenizer and domains of a shard folder."""
     from data_pipeline.index import read_index
-    from data_pipeline.inspect import describe, shard_table, shard_urls
+    from data_pipeline.inspection.describe import describe, shard_table, shard_urls
     from data_pipeline.storage import open_storage
 
     storage = open_storage(arguments.location)
@@ -100,8 +100,8 @@ def run_verify(arguments: argparse.Namespace) -> int:
         StorageError: there are none, as far as the storage gave the bytes.
     """
     from data_pipeline.index import read_index
+    from data_pipeline.inspection.verify import Unread, available_cores, verify_folder
     from data_pipeline.storage import StorageOptions, open_storage
-    from data_pipeline.verify import Unread, available_cores, verify_folder
 
     workers = available_cores() if arguments.workers is None else arguments.workers
     if workers < 1:

@@ -13,8 +13,8 @@ import pytest
 from data_pipeline import read_index
 from data_pipeline.config import SourceConfig
 from data_pipeline.index import Shard
+from data_pipeline.inspection.verify import Unread, available_cores, verify_folder
 from data_pipeline.storage import StorageOptions, open_storage
-from data_pipeline.verify import Unread, available_cores, verify_folder
 
 MakeNumbered = Callable[..., SourceConfig]
 LENGTHS = [30, 5, 1, 20, 9, 44, 40, 41, 42, 43]
@@ -106,7 +106,7 @@ def test_a_killed_process_ends_the_verification(
 ) -> None:
     """With a word on what to do: it must neither hang nor pass."""
     index = read_index(make_numbered(LENGTHS).path)
-    monkeypatch.setattr("data_pipeline.verify._verify", _kill_itself)
+    monkeypatch.setattr("data_pipeline.inspection.verify._verify", _kill_itself)
     with pytest.raises(RuntimeError, match="fewer --workers"):
         list(verify_folder(index, workers=2))
 

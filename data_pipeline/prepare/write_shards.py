@@ -14,21 +14,21 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_pipeline.deduplicate import duplicates_of, find_duplicates
-from data_pipeline.documents import describe_left_out
-from data_pipeline.encode import Batch, DocumentRules, Encoders, encode_batch, make_batches
 from data_pipeline.errors import InputError, StorageError
 from data_pipeline.index import INDEX_FILE, ShardIndex
-from data_pipeline.inputs import find_inputs
 from data_pipeline.locks import FileLock
 from data_pipeline.output_folder import make_output_folder
-from data_pipeline.parts import PartWriter, resume_part
-from data_pipeline.pieces import Piece, Position, ReadProgress, read_pieces
-from data_pipeline.plan import Plan
+from data_pipeline.prepare.deduplicate import duplicates_of, find_duplicates
+from data_pipeline.prepare.documents import describe_left_out
+from data_pipeline.prepare.encode import Batch, DocumentRules, Encoders, encode_batch, make_batches
+from data_pipeline.prepare.inputs import find_inputs
+from data_pipeline.prepare.parts import PartWriter, resume_part
+from data_pipeline.prepare.pieces import Piece, Position, ReadProgress, read_pieces
+from data_pipeline.prepare.plan import Plan
+from data_pipeline.prepare.publish import is_decided, is_published, publish, published
+from data_pipeline.prepare.work_folder import DIGESTS_FILE, PART_LOCK, WorkFolder
 from data_pipeline.progress import Progress, say
-from data_pipeline.publish import is_decided, is_published, publish, published
 from data_pipeline.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
-from data_pipeline.work_folder import DIGESTS_FILE, PART_LOCK, WorkFolder
 
 
 @dataclass(frozen=True)

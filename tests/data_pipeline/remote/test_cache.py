@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import cache
-from data_pipeline.cache import ShardCache
 from data_pipeline.errors import DamagedDataError, InputError, StorageError
+from data_pipeline.remote import cache
+from data_pipeline.remote.cache import ShardCache
 from tests.cache_processes import CHUNK_BYTES, FolderStore, copies_in, files_in
 
 SHARD = bytes(range(256)) * 16

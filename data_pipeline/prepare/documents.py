@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.errors import InputError
-from data_pipeline.inputs import InputFile
-from data_pipeline.pieces import Piece, ReadProgress, read_pieces
+from data_pipeline.prepare.inputs import InputFile
+from data_pipeline.prepare.pieces import Piece, ReadProgress, read_pieces
 
 DEFAULT_DOMAIN = "text"
 TREE_DOMAIN = "code"
@@ -103,7 +103,9 @@ def _records(piece: Piece) -> Iterator[tuple[int, str, dict[str, Any]]]:
     """Yields (records of the piece before, file and place, the record)."""
     path, first = piece.file.path, piece.start.record
     if piece.file.kind == "rows":
-        from data_pipeline.parquet import decode_rows  # loads pyarrow, which only Parquet needs
+        from data_pipeline.prepare.parquet import (
+            decode_rows,  # loads pyarrow, which only Parquet needs
+        )
 
         for offset, row in enumerate(decode_rows(piece.contents, path, first)):
             yield offset, f"{path}: row {first + offset + 1}", row

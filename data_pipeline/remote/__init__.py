@@ -1,0 +1,1 @@
+"""Shard folders by URL: any file system of fsspec, through a bounded cache of whole shards."""
