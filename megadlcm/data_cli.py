@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.errors import InputError
-from data_pipeline.folder_cli import add_command
+from data_pipeline.inspection.cli import add_command
 from megadlcm.plan_cli import add_config_arguments
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def add_run_data_parsers(commands: Any) -> None:
 
 def run_preview(arguments: argparse.Namespace) -> int:
     """Prints samples of a config or a shard folder; 0."""
-    from data_pipeline.preview import preview_samples, render_sample
+    from data_pipeline.inspection.preview import preview_samples, render_sample
 
     for name, least in (("start", 0), ("samples", 1), ("width", 1)):
         _check_least(name, getattr(arguments, name), least)
@@ -102,7 +102,7 @@ def run_preview(arguments: argparse.Namespace) -> int:
 
 def run_simulate(arguments: argparse.Namespace) -> int:
     """Prints what a stretch of a run reads; 0."""
-    from data_pipeline.simulate import RunShape, Simulator, render_simulation
+    from data_pipeline.inspection.simulate import RunShape, Simulator, render_simulation
     from megadlcm.config import load_config
 
     _check_least("data-parallel-size", arguments.data_parallel_size, 1)
