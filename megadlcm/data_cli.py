@@ -75,9 +75,8 @@ def add_run_data_parsers(commands: Any) -> None:
     simulate.add_argument(
         "--samples",
         type=int,
-        default=DEFAULT_SAMPLES,
         metavar="N",
-        help="how many (default: %(default)s)",
+        help=f"how many (default: {DEFAULT_SAMPLES:,}, or the rest of the run)",
     )
     simulate.add_argument(
         "--data-parallel-size", type=int, default=1, metavar="D", help="default: 1"
@@ -109,7 +108,9 @@ def run_simulate(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     batch = config.training.global_batch_size
     shape = RunShape(batch, arguments.data_parallel_size, config.total_steps * batch)
-    simulator = Simulator(config.data, arguments.start, arguments.samples)
+    left = max(1, min(DEFAULT_SAMPLES, shape.train_samples - arguments.start))
+    samples = left if arguments.samples is None else arguments.samples
+    simulator = Simulator(config.data, arguments.start, samples)
     if arguments.list:
         for line in simulator.lines():
             print(line)
