@@ -35,6 +35,7 @@ class WorkFolder:
         """Looks at nothing yet."""
         self.output = output
         self.folder = output / UNFINISHED_FOLDER
+        self._parts = self.folder / "parts"
 
     @contextmanager
     def gate(self) -> Iterator[None]:
@@ -64,6 +65,7 @@ class WorkFolder:
         """Makes the folder that of a plan, clearing it where it had none; inside the gate."""
         if self.read_plan() is None:
             self.clear()
+            self._parts.mkdir()
             write_durably(self.folder / PLAN_FILE, plan.contents)
             sync_folder(self.output)
 
@@ -103,11 +105,15 @@ class WorkFolder:
 
     def part(self, number: int) -> Path:
         """Returns the folder of a part."""
-        return self.folder / "parts" / f"{number:06d}"
+        return self._parts / f"{number:06d}"
 
     def lock_part(self, number: int) -> FileLock | None:
-        """Locks a part, None where another process is at it."""
-        self.part(number).mkdir(parents=True, exist_ok=True)
+        """Locks a part, None where another process is at it.
+
+        Raises:
+            FileNotFoundError: the plan was finished or removed by another process.
+        """
+        self.part(number).mkdir(exist_ok=True)
         return lock_file(self.part(number) / PART_LOCK, wait=False)
 
     def is_complete(self, number: int) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -216,10 +216,14 @@ class _Preparation:
             working = self.work.join()
         try:
             with working:
-                self._do_parts()
-                return self._finish()
+                try:
+                    self._do_parts()
+                except FileNotFoundError:
+                    if self.work.read_plan() is not None:
+                        raise
+                return self._finish()  # whoever removed the plan has published, or is to be named
         except BaseException:
-            with self.work.gate():
+            with suppress(OSError), self.work.gate():
                 if not self.work.holds_work():
                     self.work.discard()
                 elif self.work.read_plan() is not None:
@@ -285,6 +289,9 @@ class _Preparation:
                     f"--output {self.options.output}: another process is at part {number} of it; "
                     "wait for it, or give every process a --task of its own"
                 )
+            if self.work.is_complete(number):  # by another process, since it was looked at
+                lock.close()
+                continue
             folder = self.work.part(number)
             state = resume_part(folder, keep=(PART_LOCK, DIGESTS_FILE))
             writer = PartWriter(folder, state, self.options.shard_tokens)
@@ -341,6 +348,7 @@ class _Preparation:
         parts = [state for state in states if state is not None]
         left_out = sum((part.left_out for part in parts), self.plan.left_out)
         if not any(part.shards for part in parts):
+            self.work.finish()  # there is nothing to go on with
             raise InputError(
                 f"--input {' '.join(self.options.inputs)}: no documents in {len(self.plan.files)} "
                 f"files ({describe_left_out(left_out) or 'nothing left out'}); check the pattern"
