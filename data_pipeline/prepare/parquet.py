@@ -31,7 +31,7 @@ def read_rows(
         InputError: not a Parquet file, a damaged one, or no column of texts.
     """
     try:
-        with pyarrow.parquet.ParquetFile(raw) as file:
+        with pyarrow.parquet.ParquetFile(raw, page_checksum_verification=True) as file:
             columns = _columns(path, file.schema_arrow)
             row = 0
             for group in range(file.num_row_groups):
