@@ -106,7 +106,8 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     assert len(read(path)) == len(TEXTS) * 5
     cut = (whole[:at] for at in range(0, len(whole), 97))
     texts = whole.index(b"The cat")
-    changed = (whole[:at] + b"\0" + whole[at + 1 :] for at in range(texts, texts + 300, 7))
+    places = range(texts, texts + 300, 7)
+    changed = (whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in places)
     for contents in (*cut, b"no parquet", *changed):
         path.write_bytes(contents)
         with pytest.raises(InputError, match=r"a\.parquet: ") as error:
