@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline import read_index
+from data_pipeline.cli import add_data_parser
 from data_pipeline.errors import InputError, StorageError
 from data_pipeline.inspection.verify import verify_folder
 from data_pipeline.locks import FileLock
@@ -313,3 +315,25 @@ def test_tasks_that_cannot_be_meant_are_refused(options: PrepareOptions) -> None
             prepare(replace(options, **chosen))
         one_line(error)
     assert not os.path.exists(options.output)
+
+
+def test_the_command_says_what_is_missing_and_what_is_finished(
+    options: PrepareOptions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both are no failure: the tasks of an array end with 0."""
+    parser = ArgumentParser()
+    add_data_parser(parser.add_subparsers(required=True))
+    words = ["data", "prepare", "--input", options.inputs[0], "--output", str(options.output)]
+    words += ["--tokenizer", str(options.tokenizer), "--part-bytes", "1", "--deduplicate"]
+    said = []
+    for more in (["--task", "1", "--num-tasks", "2"], ["--workers", "2"], []):
+        arguments = parser.parse_args([*words, *more])
+        assert arguments.func(arguments) == 0
+        said.append(capsys.readouterr().out)
+    assert "3 of 6 parts are missing, of the tasks 0 of 2" in said[0]
+    assert said[1].splitlines()[0].split()[:5] == (
+        ["domain", "documents", "tokens", "bytes", "bytes/token"]
+    )
+    assert f"left out: {(1 + 2) * 2 * len(TEXTS)} duplicates" in said[1]
+    assert said[1].endswith(f"{options.output}: 6 shards\n")
+    assert said[2] == said[1].replace("6 shards", "6 shards, already finished")
