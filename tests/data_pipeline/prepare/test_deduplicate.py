@@ -70,9 +70,9 @@ def plainly(
     "chosen",
     [
         {"deduplicate": True},
-        {"min_tokens": 9},
-        {"max_tokens": 25},
-        {"deduplicate": True, "min_tokens": 9, "max_tokens": 25},
+        {"min_tokens": 10},
+        {"max_tokens": 24},
+        {"deduplicate": True, "min_tokens": 10, "max_tokens": 24},
     ],
     ids=str,
 )
@@ -96,6 +96,8 @@ def test_what_stays_is_what_plain_counting_keeps(
         **chosen,
     )
     tokenizer = load_tokenizer(tokenizer_file)
+    lengths = {len(tokenizer.encode(text)) for _, text in documents}
+    assert lengths >= {options.min_tokens or 10, options.max_tokens or 24}  # both bounds are met
     expected, left_out = plainly(documents, lambda text: len(tokenizer.encode(text)), options)
     prepared = prepare(options)
     assert [document.id for document in open_documents(options.output)] == expected

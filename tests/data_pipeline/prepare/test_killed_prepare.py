@@ -22,10 +22,11 @@ from tests.tiny_shards import TEXTS, write_jsonl
 NUM_KILLS = 80
 STAGES = {"digests", "duplicates", "shards", "the decision", "moves", "clearing"}
 
-# The moments are calls that change what is on the disk, each before or after it was made: between
-# two of them a kill leaves what a kill at one of them leaves, or half a file that nobody counts.
+# The moments are calls that change what is on the disk, each before or after it was made. Between
+# two of them a kill leaves what a kill at one of them leaves, or half a file: who is killed before
+# it could sync a file leaves half of it.
 CHILD = """
-import os, signal, sys
+import os, signal, stat, sys
 from pathlib import Path
 from data_pipeline.prepare import deduplicate
 from data_pipeline.prepare.write_shards import PrepareOptions, prepare
@@ -56,6 +57,8 @@ def counted(name):
             print(where, flush=True)
             if made:
                 sound(*given, **named)
+            elif name == "fsync" and stat.S_ISREG(os.fstat(given[0]).st_mode):
+                os.ftruncate(given[0], os.fstat(given[0]).st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
         return sound(*given, **named)
     setattr(os, name, call)
