@@ -57,7 +57,7 @@ class Progress:
         """Closes the bar; a finished job says what it did, if it did anything."""
         if self._stop_bar is not None:
             self._stop_bar()
-        if kind is None and self._latest is not None:
+        if kind is None and self._latest is not None and self._latest[1]:
             self._print_line(*self._latest)
 
     def update(self, done: int, count: int) -> None:

@@ -84,7 +84,8 @@ def test_a_wrong_option_of_prepare_is_one_line(
     }
     words = [word for pair in options.items() for word in pair]
     assert main(["data", "prepare", *words]) == 0  # so far nothing is wrong
-    options = options | {"--output": "shards"} | {option: value}
+    # other shards than those of `finished`: the same ones would only be finished already
+    options = options | {"--output": "shards", "--shard-tokens": "9"} | {option: value}
     said = refused("data", "prepare", *(word for pair in options.items() for word in pair))
     assert [part for part in named if part not in said] == []
 
