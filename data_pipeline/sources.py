@@ -26,6 +26,8 @@ class SourceSummary:
     """The one that all of them were prepared with."""
     train_tokens: int
     """Tokens of one epoch of every train source, as trained."""
+    fingerprints: tuple[str, ...]
+    """ShardIndex.fingerprint of each source, those of data.train first."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,11 @@ def open_sources(data: DataConfig, vocab_size: int) -> SourceSummary:
             "with; leave it out to use the one kept with the shards"
         )
     train = indexes[: len(data.train)]
-    return SourceSummary(tokenizers[0], sum(index.num_stream_tokens for index in train))
+    return SourceSummary(
+        tokenizers[0],
+        sum(index.num_stream_tokens for index in train),
+        tuple(index.fingerprint for index in indexes),
+    )
 
 
 def read_tokenizer(index: ShardIndex, storage: Storage) -> Tokenizer:

@@ -29,6 +29,7 @@ from megadlcm.parallel.mesh import (
 )
 from megadlcm.parallel.partition import build_stage_model, make_partition
 from megadlcm.parallel.stages import cut_chunks
+from megadlcm.training.agreement import check_agreement
 from megadlcm.training.checkpoint import resume
 from megadlcm.training.engine import build_engine
 from megadlcm.training.metrics import MetricsWriter
@@ -69,6 +70,7 @@ def run(config: RunConfig) -> int:
         return 1
     handler = configure_logging(config, mesh)
     try:
+        check_agreement(config, sources.fingerprints, mesh)
         damaged = damaged if alone else damaged_shards(config, mesh)
         with open_trainer(config, mesh) as trainer:
             trainer.data.skipped.note_shards(damaged)

@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
+from data_pipeline.errors import StorageError
 from megadlcm.parallel.signs_of_life import Board, Sign, Store
 
 logger = logging.getLogger(__name__)
@@ -87,11 +88,16 @@ class doing:  # noqa: N801
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if kind is not None and issubclass(kind, RuntimeError) and _present.broke_in is None:
+        if kind is not None and _may_come_from_others(kind) and _present.broke_in is None:
             _present.broke_in = self.what
             _outlive_launcher()
         _present.since = time.monotonic()  # who left an inner phase has come further in the outer
         _present.waits_for, _present.computes = self.outer
+
+
+def _may_come_from_others(kind: type[BaseException]) -> bool:
+    """Whether an error may be that of a collective; one of the storage has its own cause."""
+    return issubclass(kind, RuntimeError) and not issubclass(kind, StorageError)
 
 
 def arrive(place: str) -> None:

@@ -73,7 +73,10 @@ class ReplicaLoader(Iterator[StepBatch]):
         """Returns the next step; raises what reading it raised, on the process that read it."""
         if self._loader is None:
             return self._receive()
-        batch = next(self._loader)
+        # Others wait for this step too: what they say of this process must be that it reads. How
+        # long reading may take is data.timeout_seconds, so it counts as computing.
+        with doing("reading of the step's data", computes=True):
+            batch = next(self._loader)
         if self._group is not None:
             self._send(batch)
         return batch

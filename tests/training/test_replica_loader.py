@@ -7,17 +7,20 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
+from typing import cast
 from unittest import mock
 
 import numpy as np
 import pytest
 
 from data_pipeline.batch import StepBatch
+from data_pipeline.errors import StorageError
 from data_pipeline.loader import StepLoader
 from megadlcm.config import RunConfig
+from megadlcm.parallel import liveness
 from megadlcm.parallel.mesh import join_process_group
 from megadlcm.pretrain import open_loader
-from megadlcm.training.replica_loader import ABSENT
+from megadlcm.training.replica_loader import ABSENT, ReplicaLoader
 from tests.distributed import run_distributed
 
 MakeRun = Callable[..., RunConfig]
@@ -95,3 +98,33 @@ def test_each_process_has_what_its_stage_needs(
             assert_same(found, whole, reads or part.stage == 0, reads or part.stage == head_stage)
     readers = [part for part in parts if part.tars_opened]
     assert len(readers) == replicas and all(part.stage == 0 for part in readers)
+
+
+class WatchedLoader:
+    """Stands for a loader whose storage fails; keeps what others would be told meanwhile."""
+
+    def __init__(self) -> None:
+        self.told: list[str | None] = []
+
+    def __next__(self) -> StepBatch:
+        self.told.append(liveness._present.waits_for)
+        raise StorageError("no data for 1 s")
+
+
+def test_others_are_told_that_a_process_reads(make_run: MakeRun) -> None:
+    """Not that it computes; and storage that fails is not taken for a collective that broke."""
+    mesh = join_process_group(make_run().parallel)
+    watched = WatchedLoader()
+    loader = ReplicaLoader(cast(StepLoader, watched), mesh, 32, 0, 0)
+    with pytest.raises(StorageError):
+        next(loader)
+    assert watched.told == ["reading of the step's data"]
+    assert liveness._present.waits_for != watched.told[0] and liveness._present.broke_in is None
+    with (
+        mock.patch.object(liveness, "_outlive_launcher"),
+        pytest.raises(RuntimeError),
+        liveness.doing("a collective"),
+    ):
+        raise RuntimeError
+    assert liveness._present.broke_in == "a collective"
+    liveness._present.broke_in = None
