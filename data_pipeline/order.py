@@ -167,18 +167,12 @@ class SourceOrder:
         """Returns the place of the source's sample `number`, O(1) in the number."""
         epoch, position = divmod(number, self.num_windows)
         block, offset = divmod(position, self._shuffle_block)
-        first = block * self._shuffle_block
-        size = min(self._shuffle_block, self.num_windows - first)
-        order = self._block_orders.get_or_make(
-            (epoch, block),
-            lambda: permutation(size, self._seed, WINDOW_ORDER, self._key, epoch, block),
-        )
-        start = (first + int(order[offset])) * self._seq_len
+        start = int(self.windows(epoch, block)[offset]) * self._seq_len
         return WindowPlace(epoch, start, min(start + self._seq_len, self.num_stream_tokens))
 
     def stretches(self, place: WindowPlace) -> list[Stretch]:
         """Returns the parts of a window by shard, in stream order; needs no document table."""
-        order = self._shards(place.epoch)
+        order = self.shards(place.epoch)
         shards, starts = order.shards, order.starts
         turn = bisect_right(starts, place.start) - 1
         found: list[Stretch] = []
@@ -204,7 +198,18 @@ class SourceOrder:
             position, turn = last, turn + 1
         return found
 
-    def _shards(self, epoch: int) -> ShardOrder:
+    def windows(self, epoch: int, block: int) -> np.ndarray:
+        """Returns the windows of a shuffle block in reading order, int64 (size,)."""
+        first = block * self._shuffle_block
+        size = min(self._shuffle_block, self.num_windows - first)
+        return self._block_orders.get_or_make(
+            (epoch, block),
+            lambda: first + permutation(size, self._seed, WINDOW_ORDER, self._key, epoch, block),
+        )
+
+    def shards(self, epoch: int) -> ShardOrder:
+        """Returns the shards of an epoch in reading order, and where each begins."""
+
         def make() -> ShardOrder:
             size = len(self._shard_stream_tokens)
             order = permutation(size, self._seed, SHARD_ORDER, self._key, epoch)

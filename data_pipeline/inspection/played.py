@@ -1,7 +1,7 @@
 """The samples of one source as arrays: places in the stream, shards, shuffle blocks.
 
-`order.SourceOrder` answers for one window; here the same permutations are taken for a million
-windows at once, and the invariants of the order are checked on them. Reads indexes alone.
+`order.SourceOrder` answers for one window; here its permutations are taken for a million windows at
+once, and the invariants of the order are checked on them. Reads indexes alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from data_pipeline.config import DataConfig
 from data_pipeline.index import ShardIndex
-from data_pipeline.order import SHARD_ORDER, WINDOW_ORDER, permutation
+from data_pipeline.order import SourceOrder
 
 
 class Played(NamedTuple):
@@ -54,11 +54,16 @@ class PlayedSource:
         """
         self.index = index
         self._seq_len, self._block_size = data.seq_len, data.shuffle_block
-        self._seed, self._key = data.seed or 0, key
-        self._sizes = index.shard_stream_tokens
         self._tar_bytes = index.shards.rows["tar_bytes"]
-        self.num_windows = -(-index.num_stream_tokens // data.seq_len)
-        self._shard_orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._order = SourceOrder(
+            index.shard_stream_tokens,
+            _no_table,
+            seq_len=data.seq_len,
+            seed=data.seed or 0,
+            key=key,
+            shuffle_block=data.shuffle_block,
+        )
+        self.num_windows = self._order.num_windows
 
     def play(self, samples: np.ndarray, first_turn: int) -> Played:
         """Returns the places of the source's samples first_turn, first_turn + 1, ...
@@ -74,9 +79,8 @@ class PlayedSource:
         first_turns, last_turns = np.empty_like(turns), np.empty_like(turns)
         for part in runs_of(epochs, blocks) if self._block_size > 1 else ():
             epoch, block = int(epochs[part.start]), int(blocks[part.start])
-            first, size = self._block(block)
-            order = permutation(size, self._seed, WINDOW_ORDER, self._key, epoch, block)
-            starts[part] = (first + order[positions[part] - first]) * self._seq_len
+            offsets = positions[part] - block * self._block_size
+            starts[part] = self._order.windows(epoch, block)[offsets] * self._seq_len
         stops = np.minimum(starts + self._seq_len, self.index.num_stream_tokens)
         for part in runs_of(epochs):
             _, edges = self.shard_order(int(epochs[part.start]))
@@ -86,13 +90,8 @@ class PlayedSource:
 
     def shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the shards of an epoch in reading order, and where each begins in the stream."""
-        if epoch not in self._shard_orders:
-            order = permutation(len(self._sizes), self._seed, SHARD_ORDER, self._key, epoch)
-            edges = np.concatenate(([0], np.cumsum(self._sizes[order], dtype=np.int64)))
-            if len(self._shard_orders) > 1:
-                self._shard_orders.pop(next(iter(self._shard_orders)))
-            self._shard_orders[epoch] = order, edges
-        return self._shard_orders[epoch]
+        order = self._order.shards(epoch)
+        return np.asarray(order.shards), np.asarray(order.starts)
 
     def touched(self, played: Played) -> tuple[np.ndarray, np.ndarray]:
         """Returns which entry touches which shard, int64 (m,) each, in the order of the entries."""
@@ -113,10 +112,11 @@ class PlayedSource:
         blocks = windows // self._block_size
         found = BlockCost(0, 0)
         for part in runs_of(played.epochs, blocks):
-            first, size = self._block(int(blocks[part.start]))
+            first = int(blocks[part.start]) * self._block_size
             order, edges = self.shard_order(int(played.epochs[part.start]))
             begin = first * self._seq_len
-            end = min((first + size) * self._seq_len, self.index.num_stream_tokens)
+            stop = (first + self._block_size) * self._seq_len
+            end = min(stop, self.index.num_stream_tokens)
             low = int(np.searchsorted(edges, begin, side="right")) - 1
             high = int(np.searchsorted(edges, end - 1, side="right"))
             num_bytes = int(self._tar_bytes[order[low:high]].sum())
@@ -145,10 +145,9 @@ class PlayedSource:
                 found += 1
         return found
 
-    def _block(self, block: int) -> tuple[int, int]:
-        """Returns the first window of a shuffle block and its number of windows."""
-        first = block * self._block_size
-        return first, min(self._block_size, self.num_windows - first)
+
+def _no_table(shard: int) -> np.ndarray:
+    raise AssertionError(f"a simulation asked for the documents of shard {shard}")
 
 
 def runs_of(*columns: np.ndarray) -> Iterator[slice]:

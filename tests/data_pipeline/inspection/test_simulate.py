@@ -191,7 +191,7 @@ def test_a_broken_order_is_found(
     data = mixed(make_numbered, seq_len=16)
     shape = RunShape(8, 1, 200)
     assert Simulator(data, 0, 200).figures(shape).sources[0].whole_epochs > 0
-    monkeypatch.setattr("data_pipeline.inspection.played.permutation", broken)
+    monkeypatch.setattr("data_pipeline.order.permutation", broken)
     with pytest.raises(AssertionError, match="a window "):
         Simulator(data, 0, 200).figures(shape)
 
