@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
@@ -114,18 +114,27 @@ class OpenShard:
             or len(contents) != size
             or crc32(contents) != self._checksums[at]
         ):
-            contents = self._sound(contents, document, size, offset, at)
+            contents = self._sound(
+                contents, size, offset, document, lambda found: self._wrong(found, size, at)
+            )
         if stop - start == last - first:
             return contents
         return contents[(start - first) * itemsize : (stop - first) * itemsize]
 
-    def _sound(self, contents: bytes, document: int, size: int, offset: int, at: int) -> bytes:
-        """Returns whole chunks of tokens where they are sound, else those of a new copy."""
-        wrong = self._wrong(contents, size, at)
+    def _sound(
+        self,
+        contents: bytes,
+        size: int,
+        offset: int,
+        document: int,
+        problem: Callable[[bytes], str],
+    ) -> bytes:
+        """Returns what was read where it has no problem, else what a new copy gives."""
+        wrong = problem(contents)
         if wrong and self._storage.distrust(self._shard.tar_name):
             self._file = None  # the copy it was read from is gone
             contents = self._opened().pread(size, offset)
-            wrong = self._wrong(contents, size, at)
+            wrong = problem(contents)
         if wrong:
             raise self._damaged(f"document {document}: {wrong}")
         return contents
@@ -140,14 +149,13 @@ class OpenShard:
         row = self.table.rows[document]
         offset = int(row["record_offset"]) + BLOCK_BYTES
         size, checksum = int(row["metadata_bytes"]), self._first_checksum[document] - 1
+
+        def problem(found: bytes) -> str:
+            sound = crc32(found) == self._checksums[checksum]
+            return "" if sound else "its metadata is not that written (checksum)"
+
         contents = self._opened().pread(size, offset)
-        sound = crc32(contents) == self._checksums[checksum]
-        if not sound and self._storage.distrust(self._shard.tar_name):
-            self._file = None  # the copy it was read from is gone
-            contents = self._opened().pread(size, offset)
-            sound = crc32(contents) == self._checksums[checksum]
-        if not sound:
-            raise self._damaged(f"document {document}: its metadata is not that written (checksum)")
+        contents = self._sound(contents, size, offset, document, problem)
         try:
             metadata = json.loads(contents)
             agrees = metadata["num_tokens"] == row["num_tokens"] and all(
