@@ -120,6 +120,11 @@ class DomainCounts(NamedTuple):
         return DomainCounts(*(mine + its for mine, its in zip(self, other, strict=True)))
 
 
+def count_domain(totals: dict[str, DomainCounts], name: str, counts: DomainCounts) -> None:
+    """Adds counts to those of a domain, which may be new."""
+    totals[name] = totals[name].plus(counts) if name in totals else counts
+
+
 @dataclass(frozen=True)
 class ShardIndex:
     """What is in a finished shard folder."""

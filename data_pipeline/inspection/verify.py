@@ -13,13 +13,12 @@ from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
 from data_pipeline.errors import InputError, StorageError
-from data_pipeline.index import DomainCounts, Shard, ShardIndex
+from data_pipeline.index import DomainCounts, Shard, ShardIndex, count_domain
 from data_pipeline.inspection.verify_shard import FolderFacts, ShardReport, verify_shard
 from data_pipeline.prepare.prepared import PREPARED_FILE, decode_prepared
 from data_pipeline.progress import Progress, say
 from data_pipeline.sources import read_tokenizer
 from data_pipeline.storage import Storage, StorageOptions, open_storage
-from data_pipeline.tokenizer import TOKENIZER_FILE
 
 if TYPE_CHECKING:
     from multiprocessing.sharedctypes import Synchronized
@@ -73,7 +72,7 @@ def verify_folder(
             yield from (map(Unread, report.problems) if report.unread else report.problems)
             all_counted = all_counted and report.domains is not None
             for name, counts in (report.domains or {}).items():
-                domains[name] = domains[name].plus(counts) if name in domains else counts
+                count_domain(domains, name, counts)
     if all_counted:  # else every domain of a lost shard would be wrong again
         yield from _domain_problems(index, domains)
     yield from _unlisted_files(index, storage)
@@ -82,17 +81,11 @@ def verify_folder(
 def _tokenizer_problems(index: ShardIndex, storage: Storage) -> Iterator[str]:
     """Yields what is wrong with the tokenizer kept with the shards."""
     try:
-        tokenizer = read_tokenizer(index, storage)
+        read_tokenizer(index, storage)
     except InputError as error:
         yield str(error)
-        return
     except StorageError as error:
         yield Unread(error)
-        return
-    for key in ("vocab_size", "eos_id"):
-        found, listed = getattr(tokenizer, key), getattr(index, key)
-        if found != listed:
-            yield f"{storage.path(TOKENIZER_FILE)}: {key} = {found}, the index says {listed}"
 
 
 def _prepared_problems(storage: Storage) -> Iterator[str]:

@@ -20,7 +20,7 @@ from zlib import crc32
 import numpy as np
 
 from data_pipeline.errors import InputError, StorageError
-from data_pipeline.index import DomainCounts, Shard
+from data_pipeline.index import DomainCounts, Shard, count_domain
 from data_pipeline.records import (
     BLOCK_BYTES,
     CHECKSUM_TOKENS,
@@ -155,7 +155,7 @@ def _domain_counts(table: DocumentTable) -> dict[str, DomainCounts]:
     for number, name in enumerate(table.domains):
         rows = table.rows[table.rows["domain"] == number]
         own = DomainCounts(len(rows), int(rows["num_tokens"].sum()), int(rows["num_bytes"].sum()))
-        counts[name] = counts[name].plus(own) if name in counts else own
+        count_domain(counts, name, own)
     return counts
 
 

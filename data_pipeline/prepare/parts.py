@@ -18,14 +18,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data_pipeline.index import SHARD_DTYPE, DomainCounts
+from data_pipeline.index import SHARD_DTYPE, DomainCounts, count_domain
 from data_pipeline.output_folder import write_durably
 from data_pipeline.prepare.encode import Batch, EncodedBatch
 from data_pipeline.prepare.pieces import BEGINNING, Position
 from data_pipeline.records import archive_end, encode_table
 
 PART_FILE = "part.json"
-NOTHING = DomainCounts(0, 0, 0)
 
 
 def tar_file(folder: Path, number: int) -> Path:
@@ -244,7 +243,7 @@ class PartWriter:
             own = rows[rows["domain"] == at]
             tokens, size = (int(own[key].sum()) for key in ("num_tokens", "num_bytes"))
             counts = DomainCounts(len(own), tokens, size)
-            self._state.domains[name] = self._state.domains.get(name, NOTHING).plus(counts)
+            count_domain(self._state.domains, name, counts)
         facts = (
             len(rows),
             shard.num_tokens,

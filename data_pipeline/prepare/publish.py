@@ -21,12 +21,13 @@ from data_pipeline.index import (
     DomainCounts,
     ShardIndex,
     ShardList,
+    count_domain,
     encode_index,
     read_index,
 )
 from data_pipeline.output_folder import sync_folder, write_durably
 from data_pipeline.prepare.encode import token_dtype
-from data_pipeline.prepare.parts import NOTHING, PartState, table_file, tar_file
+from data_pipeline.prepare.parts import PartState, table_file, tar_file
 from data_pipeline.prepare.plan import Plan
 from data_pipeline.prepare.prepared import PREPARED_FILE, decode_prepared, encode_prepared
 from data_pipeline.prepare.work_folder import WorkFolder
@@ -88,7 +89,7 @@ def _decide(work: WorkFolder, plan: Plan, tokenizer: Tokenizer, parts: Sequence[
     for part in parts:
         left_out += part.left_out
         for name, counts in part.domains.items():
-            domains[name] = domains.get(name, NOTHING).plus(counts)
+            count_domain(domains, name, counts)
     index = ShardIndex(
         location=str(work.output),
         shards=ShardList(np.concatenate([np.empty(0, SHARD_DTYPE), *(p.rows for p in parts)])),
