@@ -72,7 +72,7 @@ def run(config: RunConfig) -> int:
     try:
         check_agreement(config, sources.fingerprints, mesh)
         damaged = damaged if alone else damaged_shards(config, mesh)
-        with open_trainer(config, mesh) as trainer:
+        with open_trainer(config, mesh, sources) as trainer:
             trainer.data.skipped.note_shards(damaged)
             _announce(trainer, sources.train_tokens)
             trainer.fit()
@@ -155,12 +155,15 @@ def open_loader(
 
 
 @contextlib.contextmanager
-def open_trainer(config: RunConfig, mesh: ParallelMesh) -> Iterator[Trainer]:
+def open_trainer(
+    config: RunConfig, mesh: ParallelMesh, sources: SourceSummary | None = None
+) -> Iterator[Trainer]:
     """Builds everything that a run needs, resumed if its folder has a checkpoint.
 
     Args:
         config: the resolved run.
         mesh: ranks of the run; the process group must exist.
+        sources: what check_training_sources has found; None looks again.
 
     Yields:
         The trainer, ready for its next step; loader and metrics are closed afterwards.
@@ -168,7 +171,7 @@ def open_trainer(config: RunConfig, mesh: ParallelMesh) -> Iterator[Trainer]:
     Raises:
         InputError: the data or the checkpoint does not fit the config.
     """
-    sources = check_training_sources(config)
+    sources = sources or check_training_sources(config)
     torch.manual_seed(config.seed)
     partition = make_partition(config)
     model = build_stage_model(config, mesh, partition)

@@ -118,12 +118,12 @@ def resume(engine: TrainingEngine, config: RunConfig) -> TrainState | None:
     if path is None:
         return None
     description = read_description(path)
-    check_continuable(description, config, path)
+    phases = check_continuable(description, config, path)
     tensors.write_model(engine, load_file(path / MODEL_FILE))
     tensors.write_optimizer(engine, load_file(path / OPTIMIZER_FILE))
     state = TrainState.from_dict(description["train_state"])
     state.restart_count += 1
-    state.data_phases = _phases_now(state, config, path)
+    state.data_phases = phases
     logger.info("resumed from %s (step %d, start %d)", path, state.step, state.restart_count + 1)
     return state
 
@@ -134,13 +134,18 @@ def read_description(path: Path) -> dict[str, Any]:
     return description
 
 
-def check_continuable(description: dict[str, Any], config: RunConfig, path: Path) -> None:
+def check_continuable(
+    description: dict[str, Any], config: RunConfig, path: Path
+) -> list[dict[str, Any]]:
     """Refuses a config that the checkpoint cannot continue; other changes are logged.
 
     Args:
         description: `state.json` of the checkpoint.
         config: the config of this start.
         path: the checkpoint, for the message.
+
+    Returns:
+        The data phases of the resumed run.
 
     Raises:
         InputError: model, data order or precision differ; the message lists the keys.
@@ -157,9 +162,10 @@ def check_continuable(description: dict[str, Any], config: RunConfig, path: Path
             f"output_dir = {config.output_dir}: its checkpoint {path.name} was made with another "
             f"{listed}; a resumed run cannot change that: set it back, or choose a new output_dir"
         )
-    _phases_now(TrainState.from_dict(description["train_state"]), config, path)
+    phases = _phases_now(TrainState.from_dict(description["train_state"]), config, path)
     for key in changed:
         logger.info("config change on resume: %s: %r -> %r", key, saved.get(key), now.get(key))
+    return phases
 
 
 def _phases_now(state: TrainState, config: RunConfig, path: Path) -> list[dict[str, Any]]:
