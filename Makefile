@@ -36,4 +36,4 @@ format: install
 	$(BIN)/ruff check --fix .
 
 quickstart: install
-	$(BIN)/python -m launchers.quickstart
+	$(BIN)/megadlcm quickstart

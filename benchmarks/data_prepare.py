@@ -34,7 +34,7 @@ from benchmarks.measuring import (
     table,
     use_cores,
 )
-from data_pipeline.index import read_index
+from data_pipeline.shard_format.index import read_index
 from data_pipeline.tokenizer import Tokenizer, decode_tokenizer, load_tokenizer
 
 BATCH_CHARACTERS = 1 << 20

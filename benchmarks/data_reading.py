@@ -44,7 +44,7 @@ from benchmarks.reading_ways import (
     whole_tars,
 )
 from benchmarks.synthetic_corpus import write_corpus
-from data_pipeline.index import ShardIndex, read_index
+from data_pipeline.shard_format.index import ShardIndex, read_index
 
 SEQ_LENS = (2048, 8192)
 OURS = "windows, packed"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from megadlcm.config import ModelConfig
-from megadlcm.config.accounting import flops_per_token
+from megadlcm.plan.accounting import flops_per_token
 
 _STEP = 8
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.mixture import Mixture
-from data_pipeline.order import (
+from data_pipeline.reading.mixture import Mixture
+from data_pipeline.reading.order import (
     DOCUMENT_ORDER,
     SHARD_ORDER,
     WINDOW_ORDER,

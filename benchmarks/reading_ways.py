@@ -17,12 +17,12 @@ import numpy as np
 
 from benchmarks.measuring import Work
 from data_pipeline.config import DataConfig, SourceConfig
-from data_pipeline.index import ShardIndex
-from data_pipeline.loader import StepLoader
-from data_pipeline.packing import pack_windows
-from data_pipeline.samples import SampleReader
-from data_pipeline.shards import open_documents
-from data_pipeline.storage import StoredFile
+from data_pipeline.reading.loader import StepLoader
+from data_pipeline.reading.packing import pack_windows
+from data_pipeline.reading.samples import SampleReader
+from data_pipeline.reading.shards import open_documents
+from data_pipeline.shard_format.index import ShardIndex
+from data_pipeline.storage.files import StoredFile
 
 MICRO_BATCH_TOKENS = 16384
 _BLOCK_BYTES = 1 << 20

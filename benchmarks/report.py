@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megadlcm.config import load_config
-from megadlcm.config.accounting import flops_per_token
+from megadlcm.plan.accounting import flops_per_token
 
 _WINDOW = 50
 _DOMAINS = ("en", "zh", "code", "math")

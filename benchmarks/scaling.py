@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from megadlcm.config import RunConfig, load_config
-from megadlcm.parallel.mesh import join_process_group
+from megadlcm.engine.engine import build_engine
+from megadlcm.engine.state import TrainState
+from megadlcm.engine.step import TrainStep
 from megadlcm.parallel.partition import build_stage_model
-from megadlcm.plan_layout import Hardware, plan_layout
-from megadlcm.pretrain import open_loader
-from megadlcm.training.engine import build_engine
-from megadlcm.training.state import TrainState
-from megadlcm.training.step import TrainStep
+from megadlcm.parallel.process_group import join_process_group
+from megadlcm.plan.layout import Hardware, plan_layout
+from megadlcm.training.pretrain import open_loader
 
 # tensor, pipeline, placement, sequence_parallel, for each number of processes
 LAYOUTS: dict[int, list[tuple[int, int, str, bool]]] = {

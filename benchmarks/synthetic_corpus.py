@@ -9,8 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.index import SHARD_DTYPE, DomainCounts, ShardIndex, ShardList, encode_index
-from data_pipeline.records import (
+from data_pipeline.shard_format.index import (
+    SHARD_DTYPE,
+    DomainCounts,
+    ShardIndex,
+    ShardList,
+    encode_index,
+)
+from data_pipeline.shard_format.records import (
     DOCUMENT_DTYPE,
     TAR_RECORD_BYTES,
     archive_end,

@@ -30,18 +30,19 @@ from typing import Any
 import torch
 
 from benchmarks.equal_flops import dense_with_equal_flops
-from data_pipeline.batch import StepBatch
-from data_pipeline.loader import StepLoader
+from data_pipeline.reading.batch import StepBatch
+from data_pipeline.reading.loader import StepLoader
 from megadlcm.config import RunConfig, load_config
-from megadlcm.config.accounting import flops_per_token
+from megadlcm.engine.objective import Objective, StepSummary, StepTotals
+from megadlcm.engine.optimizer import build_optimizer
+from megadlcm.engine.ratio_control import RatioController
+from megadlcm.engine.state import TrainState
+from megadlcm.engine.step import to_device
 from megadlcm.model import DLCM, LanguageModel, build_model
-from megadlcm.parallel.mesh import ParallelMesh, join_process_group
-from megadlcm.pretrain import open_trainer
-from megadlcm.training.objective import Objective, StepSummary, StepTotals
-from megadlcm.training.optimizer import build_optimizer
-from megadlcm.training.ratio_control import RatioController
-from megadlcm.training.state import TrainState
-from megadlcm.training.step import to_device
+from megadlcm.parallel.mesh import ParallelMesh
+from megadlcm.parallel.process_group import join_process_group
+from megadlcm.plan.accounting import flops_per_token
+from megadlcm.training.pretrain import open_trainer
 from megadlcm.training.trainer import Trainer
 
 _SETTLING_STEPS = 40

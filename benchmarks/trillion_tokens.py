@@ -30,9 +30,9 @@ from benchmarks.synthetic_corpus import (  # noqa: E402
     write_index,
 )
 from data_pipeline.config import SourceConfig  # noqa: E402
-from data_pipeline.index import read_index  # noqa: E402
-from data_pipeline.mixture import Mixture, source_quotas  # noqa: E402
-from data_pipeline.order import SourceOrder  # noqa: E402
+from data_pipeline.reading.mixture import Mixture, source_quotas  # noqa: E402
+from data_pipeline.reading.order import SourceOrder  # noqa: E402
+from data_pipeline.shard_format.index import read_index  # noqa: E402
 
 SEQ_LEN, SHUFFLE_BLOCK, SEED = 2048, 16384, 7
 NUM_SHARDS, SHARD_TOKENS = 100_000, 10_000_000

@@ -9,12 +9,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from data_pipeline.index import read_index as read_index
-    from data_pipeline.samples import open_samples as open_samples
+    from data_pipeline.reading.samples import open_samples
+    from data_pipeline.shard_format.index import read_index
 
 __all__ = ["open_samples", "read_index"]
 
-_HOMES = {"open_samples": "data_pipeline.samples", "read_index": "data_pipeline.index"}
+_HOMES = {
+    "open_samples": "data_pipeline.reading.samples",
+    "read_index": "data_pipeline.shard_format.index",
+}
 
 
 def __getattr__(name: str) -> Any:

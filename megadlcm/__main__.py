@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from megadlcm.cli import main
+from megadlcm.commands.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

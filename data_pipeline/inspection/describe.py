@@ -5,8 +5,8 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 
-from data_pipeline.index import DomainCounts, ShardIndex
-from data_pipeline.storage import Storage
+from data_pipeline.shard_format.index import DomainCounts, ShardIndex
+from data_pipeline.storage.files import Storage
 
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Categories of characters that a terminal obeys or does not show, joiners and marks included."""

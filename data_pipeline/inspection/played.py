@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipeline.config import DataConfig
-from data_pipeline.index import ShardIndex
-from data_pipeline.order import SourceOrder
+from data_pipeline.reading.order import SourceOrder
+from data_pipeline.shard_format.index import ShardIndex
 
 
 class Played(NamedTuple):

@@ -10,10 +10,10 @@ import numpy as np
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DamagedDataError, InputError
 from data_pipeline.inspection.describe import printable
-from data_pipeline.mixture import Mixture, source_quotas
-from data_pipeline.order import Stretch
-from data_pipeline.samples import SourceReader
-from data_pipeline.sources import read_tokenizer
+from data_pipeline.reading.mixture import Mixture, source_quotas
+from data_pipeline.reading.order import Stretch
+from data_pipeline.reading.samples import SourceReader
+from data_pipeline.reading.sources import read_tokenizer
 from data_pipeline.tokenizer import Tokenizer
 
 _KEPT = "\n\t"

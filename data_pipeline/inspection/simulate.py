@@ -10,12 +10,12 @@ import numpy as np
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import InputError
-from data_pipeline.index import read_index
 from data_pipeline.inspection.describe import text_table
 from data_pipeline.inspection.played import BlockCost, PlayedSource
-from data_pipeline.mixture import Mixture, source_quotas
-from data_pipeline.order import KEPT_SHARDS
-from data_pipeline.storage import open_storage
+from data_pipeline.reading.mixture import Mixture, source_quotas
+from data_pipeline.reading.order import KEPT_SHARDS
+from data_pipeline.shard_format.index import read_index
+from data_pipeline.storage.files import open_storage
 
 MOST_SAMPLES = 10_000_000
 """Samples in one simulation; about 200 bytes of memory each."""

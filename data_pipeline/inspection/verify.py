@@ -13,12 +13,12 @@ from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
 from data_pipeline.errors import InputError, StorageError
-from data_pipeline.index import DomainCounts, Shard, ShardIndex, count_domain
 from data_pipeline.inspection.verify_shard import FolderFacts, ShardReport, verify_shard
 from data_pipeline.prepare.prepared import PREPARED_FILE, decode_prepared
 from data_pipeline.progress import Progress, say
-from data_pipeline.sources import read_tokenizer
-from data_pipeline.storage import Storage, StorageOptions, open_storage
+from data_pipeline.reading.sources import read_tokenizer
+from data_pipeline.shard_format.index import DomainCounts, Shard, ShardIndex, count_domain
+from data_pipeline.storage.files import Storage, StorageOptions, open_storage
 
 if TYPE_CHECKING:
     from multiprocessing.sharedctypes import Synchronized

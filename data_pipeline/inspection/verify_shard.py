@@ -20,8 +20,9 @@ from zlib import crc32
 import numpy as np
 
 from data_pipeline.errors import InputError, StorageError
-from data_pipeline.index import DomainCounts, Shard, count_domain
-from data_pipeline.records import (
+from data_pipeline.reading.sources import shard_problem
+from data_pipeline.shard_format.index import DomainCounts, Shard, count_domain
+from data_pipeline.shard_format.records import (
     BLOCK_BYTES,
     CHECKSUM_TOKENS,
     DocumentTable,
@@ -32,8 +33,7 @@ from data_pipeline.records import (
     is_tar_header,
     load_array,
 )
-from data_pipeline.sources import shard_problem
-from data_pipeline.storage import Storage, StoredFile
+from data_pipeline.storage.files import Storage, StoredFile
 
 READ_BYTES = 1 << 22
 """Read and hashed at once; a longer record is read as a whole."""

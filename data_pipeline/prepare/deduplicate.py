@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.locks import FileLock, lock_file
 from data_pipeline.output_folder import write_durably
 from data_pipeline.prepare.encode import DIGEST_BYTES, Encoders, digest_batch, make_batches
 from data_pipeline.prepare.pieces import ReadProgress, read_pieces
 from data_pipeline.prepare.plan import Plan
 from data_pipeline.prepare.work_folder import DIGESTS_FILE, WorkFolder
 from data_pipeline.progress import Progress, say
+from data_pipeline.storage.locks import FileLock, lock_file
 
 RANGE_TEXTS = 1 << 23
 """Digests resolved at once, on average; about 50 bytes of memory for each."""

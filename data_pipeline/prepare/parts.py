@@ -18,11 +18,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data_pipeline.index import SHARD_DTYPE, DomainCounts, count_domain
 from data_pipeline.output_folder import write_durably
 from data_pipeline.prepare.encode import Batch, EncodedBatch
 from data_pipeline.prepare.pieces import BEGINNING, Position
-from data_pipeline.records import archive_end, encode_table
+from data_pipeline.shard_format.index import SHARD_DTYPE, DomainCounts, count_domain
+from data_pipeline.shard_format.records import archive_end, encode_table
 
 PART_FILE = "part.json"
 

@@ -15,7 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.index import (
+from data_pipeline.output_folder import sync_path, write_durably
+from data_pipeline.prepare.encode import token_dtype
+from data_pipeline.prepare.parts import PartState, table_file, tar_file
+from data_pipeline.prepare.plan import Plan
+from data_pipeline.prepare.prepared import PREPARED_FILE, decode_prepared, encode_prepared
+from data_pipeline.prepare.work_folder import WorkFolder
+from data_pipeline.shard_format.index import (
     INDEX_FILE,
     SHARD_DTYPE,
     DomainCounts,
@@ -25,12 +31,6 @@ from data_pipeline.index import (
     encode_index,
     read_index,
 )
-from data_pipeline.output_folder import sync_folder, write_durably
-from data_pipeline.prepare.encode import token_dtype
-from data_pipeline.prepare.parts import PartState, table_file, tar_file
-from data_pipeline.prepare.plan import Plan
-from data_pipeline.prepare.prepared import PREPARED_FILE, decode_prepared, encode_prepared
-from data_pipeline.prepare.work_folder import WorkFolder
 from data_pipeline.tokenizer import TOKENIZER_FILE, Tokenizer
 
 READY_FOLDER = "ready"
@@ -77,7 +77,7 @@ def publish(work: WorkFolder, plan: Plan, tokenizer: Tokenizer, parts: Sequence[
     for path in sorted(ready.iterdir()):
         if path.name != INDEX_FILE:
             os.replace(path, work.output / path.name)
-    sync_folder(work.output)
+    sync_path(work.output)
     write_durably(work.output / INDEX_FILE, index)
     work.finish()
 
@@ -125,7 +125,7 @@ def _move(work: WorkFolder, parts: Sequence[PartState], index: bytes) -> None:
     earlier = output / INDEX_FILE
     if earlier.exists() and earlier.read_bytes() != index:
         earlier.unlink()
-        sync_folder(output)
+        sync_path(output)
     number = 0
     for at, part in enumerate(parts):
         folder = work.part(at)

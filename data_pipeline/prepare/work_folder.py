@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_pipeline.errors import InputError
-from data_pipeline.locks import FileLock, lock_file
-from data_pipeline.output_folder import sync_folder, write_durably
+from data_pipeline.output_folder import sync_path, write_durably
 from data_pipeline.prepare.parts import PART_FILE, PartState, decode_state
 from data_pipeline.prepare.plan import Plan
+from data_pipeline.storage.locks import FileLock, lock_file
 
 UNFINISHED_FOLDER = ".unfinished"
 PLAN_FILE = "plan.json"
@@ -67,7 +67,7 @@ class WorkFolder:
             self.clear()
             self._parts.mkdir()
             write_durably(self.folder / PLAN_FILE, plan.contents)
-            sync_folder(self.output)
+            sync_path(self.output)
 
     def clear(self) -> None:
         """Removes the plan and then all the rest but the gate; inside the gate.
@@ -135,7 +135,7 @@ class WorkFolder:
     def _remove_contents(self) -> None:
         # The plan goes first: without it the rest counts for nothing, whenever this is killed.
         (self.folder / PLAN_FILE).unlink(missing_ok=True)
-        sync_folder(self.folder)
+        sync_path(self.folder)
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
@@ -147,4 +147,4 @@ class WorkFolder:
         (self.folder / GATE_FILE).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # another process is waiting at a new gate
             os.rmdir(self.folder)
-        sync_folder(self.output)
+        sync_path(self.output)

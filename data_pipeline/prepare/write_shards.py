@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_pipeline.errors import InputError, StorageError
-from data_pipeline.index import INDEX_FILE, ShardIndex
-from data_pipeline.locks import FileLock
 from data_pipeline.output_folder import make_output_folder
 from data_pipeline.prepare.deduplicate import duplicates_of, find_duplicates
 from data_pipeline.prepare.documents import describe_left_out
@@ -28,6 +26,8 @@ from data_pipeline.prepare.plan import Plan
 from data_pipeline.prepare.publish import is_decided, is_published, publish, published
 from data_pipeline.prepare.work_folder import DIGESTS_FILE, PART_LOCK, WorkFolder
 from data_pipeline.progress import Progress, say
+from data_pipeline.shard_format.index import INDEX_FILE, ShardIndex
+from data_pipeline.storage.locks import FileLock
 from data_pipeline.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megadlcm.parallel.liveness import doing
+from megadlcm.parallel.watch.watchdog import doing
 
 Group = dist.ProcessGroup
 

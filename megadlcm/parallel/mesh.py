@@ -1,16 +1,8 @@
-"""Who am I among the processes of a run: ranks, device, process group.
-
-The only file that reads or writes `os.environ`. Ranks come from torchrun (`RANK`, ...) or from srun
-(`SLURM_PROCID`, ...); a plain `megadlcm train` is a run of one process and needs neither.
-"""
+"""Ranks, sizes and groups of a process on the axes of the run, and collectives over them."""
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
-import os
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -19,28 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline.errors import InputError
-from megadlcm.config import ParallelConfig
-from megadlcm.parallel.liveness import doing, start_watch, stop_watch
-from megadlcm.parallel.meeting import open_store, wait_for_all
-
-DEFAULT_MASTER_PORT = 29400
-
-
-@dataclass(frozen=True)
-class LaunchEnvironment:
-    """What the launcher says about this process."""
-
-    rank: int = 0
-    """Index of this process, 0 to world_size - 1."""
-    world_size: int = 1
-    """Processes of the run."""
-    local_rank: int = 0
-    """Index of this process on its node; also the index of its GPU."""
-    master_address: str = ""
-    """Host of rank 0; empty for a run of one process."""
-    master_port: int = 0
-    """Port on which rank 0 listens."""
+from megadlcm.parallel.environment import LaunchEnvironment
+from megadlcm.parallel.watch.watchdog import doing
 
 
 @dataclass(frozen=True)
@@ -180,117 +152,12 @@ class ParallelMesh:
                 dist.barrier()
 
 
-def launch_environment(environ: Mapping[str, str] | None = None) -> LaunchEnvironment:
-    """Reads rank and sizes from torchrun or srun.
-
-    A batch script of Slurm also has `SLURM_PROCID` and `SLURM_NTASKS` in its environment although
-    it is a single process; only a task of srun has `SLURM_STEP_NUM_TASKS`, so that one decides.
-
-    Args:
-        environ: the environment to read; None means this process's own.
-
-    Returns:
-        The environment of this process; one process where no launcher is seen.
-
-    Raises:
-        InputError: a launcher gave only part of what is needed.
-    """
-    environ = os.environ if environ is None else environ
-    complete = "RANK" in environ and "WORLD_SIZE" in environ
-    if "SLURM_STEP_NUM_TASKS" in environ and not complete:
-        keys = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-        nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
-        address = environ.get("MASTER_ADDR") or first_host(nodes)
-    elif "RANK" in environ or "WORLD_SIZE" in environ:
-        keys, address = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), environ.get("MASTER_ADDR", "")
-    else:
-        return LaunchEnvironment()
-    missing = [key for key in keys if not environ.get(key, "").isdigit()]
-    if missing:
-        given = next(key for key in keys if key in environ)
-        raise InputError(
-            f"environment: {', '.join(missing)} missing or not a number although {given} is set; "
-            "start with torchrun or srun, or unset it for a run of one process"
-        )
-    rank, world_size, local_rank = (int(environ[key]) for key in keys)
-    if rank >= world_size:
-        raise InputError(
-            f"environment: {keys[0]} = {rank}, must be < {keys[1]} = {world_size}; "
-            "start with torchrun or srun"
-        )
-    port = environ.get("MASTER_PORT", "")
-    return LaunchEnvironment(
-        rank,
-        world_size,
-        local_rank,
-        address,
-        int(port) if port.isdigit() else _default_port(environ),
-    )
-
-
-def _default_port(environ: Mapping[str, str]) -> int:
-    # two jobs on one node must not meet on one port, and every rank must find the same one
-    job = environ.get("SLURM_JOB_ID", "0")
-    return DEFAULT_MASTER_PORT + (int(job) % 1000 if job.isdigit() else 0)
-
-
-def first_host(node_list: str) -> str:
-    """First host of a Slurm node list: `node[03-07,9],other` is `node03`."""
-    match = re.match(r"([^,\[]*)(?:\[([0-9]+)[^\]]*\])?([^,\[]*)", node_list)
-    return "".join(part or "" for part in match.groups()) if match else ""
-
-
-def choose_device(local_rank: int) -> torch.device:
-    """The GPU of this process; the CPU without a GPU, or where `DS_ACCELERATOR=cpu` asks for it."""
-    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise InputError(
-            f"local rank {local_rank}: this node has {torch.cuda.device_count()} GPUs; "
-            "start one process for each GPU, or set DS_ACCELERATOR=cpu"
-        )
-    return torch.device("cuda", local_rank)
-
-
-def join_process_group(parallel: ParallelConfig | None = None) -> ParallelMesh:
-    """Joins the run: picks the device, initialises the process group, makes the groups of the axes.
-
-    gloo, or nccl on GPUs. A run of one process makes a group of its own in memory, so that it needs
-    no port and nothing can collide with it. Safe to call again in the same process: groups stay
-    until the process ends, because DeepSpeed remembers them beyond the life of an engine.
-
-    Args:
-        parallel: sizes of the axes; None means that all processes are replicas.
-
-    Returns:
-        Ranks, groups and device of this process.
-
-    Raises:
-        InputError: the launcher's environment is incomplete, or the processes cannot be shared out.
-    """
-    parallel = parallel or ParallelConfig()
-    launch = launch_environment()
-    parallel.data_parallel_size(launch.world_size)
-    device = choose_device(launch.local_rank)
-    # DeepSpeed refuses to start without LOCAL_RANK, and guesses the accelerator without the other
-    os.environ["LOCAL_RANK"] = str(launch.local_rank)
-    os.environ["DS_ACCELERATOR"] = device.type
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        # the watch ends a process that waits too long, and says for whom; the backend's own
-        # timeout, which names nobody, is only the backstop
-        timeout = timedelta(seconds=1.5 * parallel.collective_timeout_seconds + 60.0)
-        global _backstop  # groups do not inherit it
-        _backstop = timeout
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        _initialize(launch, backend, timeout, parallel.collective_timeout_seconds)
-        atexit.register(leave_process_group)
-    return make_mesh(launch, device, parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
-
-
 def make_mesh(
-    launch: LaunchEnvironment, device: torch.device, tensor_size: int, pipeline_size: int
+    launch: LaunchEnvironment,
+    device: torch.device,
+    tensor_size: int,
+    pipeline_size: int,
+    timeout: timedelta | None = None,
 ) -> ParallelMesh:
     """Makes the groups of each axis; collective, the process group must exist.
 
@@ -299,6 +166,8 @@ def make_mesh(
         device: where it computes.
         tensor_size: processes that share each layer.
         pipeline_size: stages.
+        timeout: of a collective in these groups, which do not inherit it; None leaves the
+            back-end's own.
 
     Returns:
         Ranks and groups of this process.
@@ -329,71 +198,36 @@ def make_mesh(
     same_place = [mesh.rank_of_stage(stage) for stage in range(pipeline_size)]
     pipeline_groups = None
     if pipeline_size > 1:
-        pipeline_groups = (_group(same_place, "forward"), _group(same_place, "backward"))
+        forward = _group(same_place, timeout, "forward")
+        pipeline_groups = (forward, _group(same_place, timeout, "backward"))
     return dataclasses.replace(
         mesh,
-        tensor_parallel_group=_group(same_layers) if tensor_size > 1 else None,
-        data_parallel_group=_group(same_part),
-        model_parallel_group=_group(same_replica),
+        tensor_parallel_group=_group(same_layers, timeout) if tensor_size > 1 else None,
+        data_parallel_group=_group(same_part, timeout),
+        model_parallel_group=_group(same_replica, timeout),
         pipeline_groups=pipeline_groups,
     )
 
 
-_backstop: timedelta | None = None
-"""Timeout of the groups; None leaves the back-end's own."""
 _groups: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
 
 
-def _group(ranks: list[int], use: str = "collectives") -> dist.ProcessGroup:
+def _group(
+    ranks: list[int], timeout: timedelta | None, use: str = "collectives"
+) -> dist.ProcessGroup:
     """A group of these ranks for one use, made once; only its members take part in making it."""
     key = (use, tuple(ranks))
     if key not in _groups:
         # torch names such a group after its ranks: a second one needs a description of its own
         with doing("making of a process group"):
             group = dist.new_group(
-                ranks, timeout=_backstop, use_local_synchronization=True, group_desc=use
+                ranks, timeout=timeout, use_local_synchronization=True, group_desc=use
             )
         assert isinstance(group, dist.ProcessGroup)
         _groups[key] = group
     return _groups[key]
 
 
-def _initialize(
-    launch: LaunchEnvironment, backend: str, timeout: timedelta, collective_timeout: float
-) -> None:
-    if launch.world_size == 1:
-        own = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=own, rank=0, world_size=1)
-        return
-    if not launch.master_address:
-        raise InputError(
-            f"environment: MASTER_ADDR is empty with {launch.world_size} processes; "
-            "set it to the host of rank 0"
-        )
-    os.environ["MASTER_ADDR"] = launch.master_address
-    os.environ["MASTER_PORT"] = str(launch.master_port)
-    # torchrun keeps the store of a run in its agent, also when it starts the processes again
-    by_rank_0 = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    place = (launch.master_address, launch.master_port, attempt, by_rank_0, collective_timeout)
-    store = open_store(launch.rank, *place)
-    wait_for_all(store, launch.rank, launch.world_size, collective_timeout)
-    dist.init_process_group(
-        backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout
-    )
-    board = open_store(-1, *place)  # a connection of its own: one that waits would hold the other
-    start_watch(board, launch.rank, launch.world_size, collective_timeout, by_rank_0)
-
-
-def abandon_process_group() -> None:
-    """Lets a process that failed end at once: to leave in order would wait for the others."""
-    stop_watch()  # a thread inside of the store at the end of the interpreter aborts the process
-    atexit.unregister(leave_process_group)
-
-
-def leave_process_group() -> None:
-    """Leaves the process group at the end of the process."""
-    stop_watch()
-    if dist.is_initialized():
-        _groups.clear()
-        dist.destroy_process_group()
+def forget_groups() -> None:
+    """Forgets the groups that were made, where the process group they belong to ends."""
+    _groups.clear()

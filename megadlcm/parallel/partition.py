@@ -21,8 +21,8 @@ from megadlcm.model.scaling import initial_value, parameter_table
 from megadlcm.model.seams import Seams
 from megadlcm.model.transformer import Block, Stack
 from megadlcm.parallel.mesh import ParallelMesh
-from megadlcm.parallel.stages import Chunk, cut_chunks
 from megadlcm.parallel.tensor import SequenceSeams, TensorSeams, sum_gradient
+from megadlcm.plan.stages import Chunk, cut_chunks
 
 # (parameter name, dimension that is cut or None); the first match decides, no match is an error.
 # Rows of wq, wk, wv are heads and rows of w_gate, w_up the inner width: each process has its own.

@@ -32,12 +32,12 @@ from megadlcm.model.chunking import BoundaryOutput
 from megadlcm.model.output import ModelOutput
 from megadlcm.model.units import Flow, MicroBatch, run_units, segment, start_flow
 from megadlcm.parallel.collectives import rows_of_part
-from megadlcm.parallel.liveness import doing
 from megadlcm.parallel.mesh import ParallelMesh
 from megadlcm.parallel.messages import Message, Passage, Root, Traffic
 from megadlcm.parallel.partition import Partition
-from megadlcm.parallel.schedule import Operation, Schedule, pipeline_schedule
-from megadlcm.parallel.stages import READER, SEGMENTATION, Chunk
+from megadlcm.parallel.watch.watchdog import doing
+from megadlcm.plan.schedule import Operation, Schedule, pipeline_schedule
+from megadlcm.plan.stages import READER, SEGMENTATION, Chunk
 
 _FORWARD_GROUP = 8
 """Micro-batches for each chunk that are run forward before all stages wait for each other."""

@@ -19,7 +19,7 @@ from megadlcm.parallel.collectives import (
     SumFromLayer,
     all_reduce,
 )
-from megadlcm.parallel.liveness import doing
+from megadlcm.parallel.watch.watchdog import doing
 
 
 class DisagreementError(RuntimeError):

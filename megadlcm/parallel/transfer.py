@@ -6,9 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadlcm.parallel.liveness import doing
 from megadlcm.parallel.mesh import ParallelMesh
 from megadlcm.parallel.partition import Part
+from megadlcm.parallel.watch.watchdog import doing
 
 
 def gather_pieces(own: Tensor, dimension: int, mesh: ParallelMesh) -> Tensor:

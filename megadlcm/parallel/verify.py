@@ -19,12 +19,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from data_pipeline.errors import InputError
 from megadlcm.config import RunConfig
 from megadlcm.model import build_model
-from megadlcm.parallel import mesh as mesh_module
-from megadlcm.parallel.activations import element_size
-from megadlcm.parallel.memory import HeldChunk, estimate_memory, whole_parameters
-from megadlcm.parallel.mesh import LaunchEnvironment, ParallelMesh, make_mesh
+from megadlcm.parallel.environment import LaunchEnvironment
+from megadlcm.parallel.mesh import ParallelMesh, make_mesh
 from megadlcm.parallel.partition import Partition, build_stage_model, make_partition
-from megadlcm.parallel.stages import Unit
+from megadlcm.parallel.process_group import leave_process_group
+from megadlcm.plan.activations import element_size
+from megadlcm.plan.memory import HeldChunk, estimate_memory, whole_parameters
+from megadlcm.plan.stages import Unit
 
 
 class MismatchError(RuntimeError):
@@ -116,7 +117,7 @@ def _playing(config: RunConfig, rank: int, world_size: int) -> Iterator[Parallel
             parallel.pipeline_parallel_size,
         )
     finally:
-        mesh_module.leave_process_group()
+        leave_process_group()
 
 
 def _whole_shapes(config: RunConfig) -> dict[str, torch.Size]:

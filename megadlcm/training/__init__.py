@@ -1,1 +1,1 @@
-"""Training: state, objective, optimizer, engine, step, loop, checkpoints, metrics."""
+"""A training run: the story, the loop, and what one run needs of its own."""

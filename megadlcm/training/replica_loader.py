@@ -16,11 +16,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data_pipeline.batch import PackedBatch, Skipped, StepBatch
-from data_pipeline.loader import StepLoader
-from data_pipeline.packing import token_index
-from megadlcm.parallel.liveness import doing
+from data_pipeline.reading.batch import PackedBatch, Skipped, StepBatch
+from data_pipeline.reading.loader import StepLoader
+from data_pipeline.reading.packing import token_index
 from megadlcm.parallel.mesh import ParallelMesh
+from megadlcm.parallel.watch.watchdog import doing
 
 ABSENT = -1
 """Stands for every token on a stage that needs none: an embedding or a loss would refuse it."""

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from data_pipeline.batch import StepBatch
 from data_pipeline.errors import DamagedDataError
-from data_pipeline.sources import DamagedShard, check_shards
+from data_pipeline.reading.batch import StepBatch
+from data_pipeline.reading.sources import DamagedShard, check_shards
 from megadlcm.config import RunConfig
+from megadlcm.engine.state import TrainState
 from megadlcm.parallel.mesh import ParallelMesh
-from megadlcm.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 

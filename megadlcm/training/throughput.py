@@ -8,7 +8,7 @@ import time
 import torch
 
 from megadlcm.config import RunConfig
-from megadlcm.model.accounting import flops_per_token
+from megadlcm.plan.accounting import flops_per_token
 
 TRAINING_PASSES = 3
 """Forward once, backward twice; work that is repeated by recomputation does not count."""

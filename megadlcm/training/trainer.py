@@ -7,33 +7,25 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.batch import StepBatch
+from data_pipeline.reading.batch import StepBatch
 from data_pipeline.tokenizer import Tokenizer
+from megadlcm.checkpoint.save_and_resume import save_checkpoint
 from megadlcm.config import RunConfig
+from megadlcm.engine.engine import TrainingEngine
+from megadlcm.engine.learning_rate import apply_learning_rates, learning_rate_factor, learning_rates
+from megadlcm.engine.state import TrainState
+from megadlcm.engine.step import StepResult, TrainStep, calibrate_boundaries, global_batch_digest
+from megadlcm.inference.evaluation import Evaluator
+from megadlcm.inference.marked_text import choose_documents, marked_text, text_batch
 from megadlcm.model import LanguageModel
 from megadlcm.model.output import ModelOutput
 from megadlcm.model.self_check import check_causality
-from megadlcm.parallel.liveness import arrive
-from megadlcm.training.checkpoint import save_checkpoint
-from megadlcm.training.engine import TrainingEngine
-from megadlcm.training.evaluate import Evaluator
+from megadlcm.parallel.watch.watchdog import arrive
+from megadlcm.run_folder import files
 from megadlcm.training.metrics import MetricsWriter, step_row
 from megadlcm.training.progress import ProgressReport
 from megadlcm.training.replica_loader import ReplicaLoader
-from megadlcm.training.samples import choose_documents, marked_text, text_batch
-from megadlcm.training.schedule import (
-    apply_learning_rates,
-    learning_rate_factor,
-    learning_rates,
-)
 from megadlcm.training.skipped import SkippedRecord
-from megadlcm.training.state import TrainState
-from megadlcm.training.step import (
-    StepResult,
-    TrainStep,
-    calibrate_boundaries,
-    global_batch_digest,
-)
 from megadlcm.training.throughput import (
     peak_flops,
     peak_memory_bytes,
@@ -169,7 +161,8 @@ class Trainer:
             world_size=self.engine.mesh.world_size,
         )
         self.metrics.write(row)
-        self.metrics.write_lengths(summary.concept_lengths, self.state.step)
+        if self.metrics.events is not None:
+            self.metrics.events.write_lengths(summary.concept_lengths, self.state.step)
         self.progress.show(row)
 
     def _evaluate(self) -> None:
@@ -185,11 +178,7 @@ class Trainer:
         row["restart_count"] = self.state.restart_count
         self.metrics.write(row)
         if text:
-            folder = Path(self.config.output_dir) / "samples"
-            folder.mkdir(exist_ok=True)
-            path = folder / f"step_{self.state.step:010d}.txt"
-            path.write_text(text, encoding="utf-8")
-            self.metrics.write_text("samples", text, self.state.step)
+            self._write_sample_texts(text)
         self.progress.say(
             f"step {self.state.step}: held-out loss {row['eval_loss']:.4f}, "
             f"{row['bits_per_byte']:.4f} bits per byte"
@@ -218,6 +207,14 @@ class Trainer:
             marked_text(document, mask, tokenizer)
             for document, mask in zip(documents, shared, strict=True)
         )
+
+    def _write_sample_texts(self, text: str) -> None:
+        folder = Path(self.config.output_dir) / files.SAMPLES
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{files.step_name(self.state.step)}.txt"
+        path.write_text(text, encoding="utf-8")
+        if self.metrics is not None and self.metrics.events is not None:
+            self.metrics.events.write_text("samples", text, self.state.step)
 
     def _save(self) -> None:
         if self._saved_step == self.state.step:

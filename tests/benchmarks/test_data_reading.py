@@ -12,10 +12,10 @@ from benchmarks.data_reading import OURS, ways_of
 from benchmarks.measuring import Timing, interleaved, speed_ratio
 from benchmarks.reading_ways import MappedTokens, config_for, reads_of, stock_windows, tar_paths
 from benchmarks.synthetic_corpus import document_lengths, write_corpus
-from data_pipeline.index import ShardIndex
 from data_pipeline.inspection.verify import verify_folder
-from data_pipeline.samples import SampleReader
-from data_pipeline.shards import open_documents
+from data_pipeline.reading.samples import SampleReader
+from data_pipeline.reading.shards import open_documents
+from data_pipeline.shard_format.index import ShardIndex
 
 SEQ_LEN = 256
 

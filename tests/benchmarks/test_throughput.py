@@ -9,13 +9,12 @@ import pytest
 from benchmarks.equal_flops import dense_with_equal_flops
 from benchmarks.throughput import BareLoop
 from megadlcm.config import load_config
-from megadlcm.config.accounting import flops_per_token
 from megadlcm.model import DLCM
-from megadlcm.parallel.mesh import join_process_group
-from megadlcm.pretrain import open_trainer
-from tests.tiny_runs import read_rows, step_loader, tiny_run, write_corpus
-
-CONFIGS = Path(__file__).parents[2] / "configs"
+from megadlcm.parallel.process_group import join_process_group
+from megadlcm.plan.accounting import flops_per_token
+from megadlcm.training.pretrain import open_trainer
+from tests.support.paths import CONFIGS
+from tests.support.tiny_runs import read_rows, step_loader, tiny_run, write_corpus
 
 
 @pytest.mark.parametrize("name", ["quickstart.yaml", "dlcm_87m.yaml", "dlcm_2.3b.yaml"])

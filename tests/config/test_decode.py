@@ -22,8 +22,7 @@ from megadlcm.config import (
     load_config,
     model_config_from_dict,
 )
-
-QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+from tests.support.paths import QUICKSTART
 
 ODD_PIECES = ("!!int ", "!!timestamp ", "! ", "&a ", "*a", r'"\UFFFFFFFF"', r"\x00", "1e9", "null")
 

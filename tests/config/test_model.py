@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megadlcm.config import InputError, ModelConfig
-from tests.tiny_models import tiny_config
+from tests.support.tiny_models import tiny_config
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from data_pipeline.config import SourceConfig
 from data_pipeline.prepare.write_shards import PrepareOptions, prepare
 from data_pipeline.tokenizer import train_tokenizer
-from tests.tiny_shards import TEXTS, write_jsonl, write_numbered_folder
+from tests.support.tiny_shards import TEXTS, write_jsonl, write_numbered_folder
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import pytest
 
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.errors import InputError
-from tests.tiny_shards import one_line
+from tests.support.tiny_shards import one_line
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
@@ -62,7 +62,7 @@ def test_names_of_sources_differ_and_default_to_the_path() -> None:
 def test_the_configuration_needs_only_the_standard_library() -> None:
     """A login node checks a run without numpy or torch."""
     code = (
-        "import sys, data_pipeline.config, data_pipeline.errors, data_pipeline.cli; "
+        "import sys, data_pipeline.config, data_pipeline.errors, data_pipeline.commands.data; "
         "loaded = {'numpy', 'torch', 'tokenizers', 'rich'} & set(sys.modules); "
         "assert not loaded, loaded"
     )

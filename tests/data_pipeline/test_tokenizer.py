@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import InputError
 from data_pipeline.tokenizer import SMALLEST_VOCAB, load_tokenizer, train_tokenizer
-from tests.tiny_shards import TEXTS, one_line
+from tests.support.tiny_shards import TEXTS, one_line
 
 
 def test_a_text_cannot_say_end_of_text(tokenizer_file: Path) -> None:

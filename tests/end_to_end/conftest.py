@@ -7,15 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megadlcm.cli import main
-from tests.tiny_runs import write_corpus
-from tests.train_processes import write_run_file
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with `tokenizer.json` and the shard folders `train`, `valid` and `short`."""
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
+from megadlcm.commands.main import main
+from tests.support.train_processes import write_run_file
 
 
 @pytest.fixture

@@ -13,16 +13,16 @@ import pytest
 import torch
 
 from data_pipeline import open_samples, read_index
-from data_pipeline.records import decode_table
-from megadlcm import pretrain
-from megadlcm.cli import main
+from data_pipeline.shard_format.records import decode_table
+from megadlcm.commands.main import main
 from megadlcm.config import load_config
 from megadlcm.model import build_model
 from megadlcm.parallel.mesh import ParallelMesh
-from megadlcm.training.checkpoint_folder import verify_all
-from tests.data_pipeline.test_shards import change_index
-from tests.tiny_runs import VOCAB_SIZE, read_rows
-from tests.train_processes import START_SECONDS, start_command
+from megadlcm.run_folder.checkpoints import verify_all
+from megadlcm.training import pretrain
+from tests.data_pipeline.reading.test_shards import change_index
+from tests.support.tiny_runs import VOCAB_SIZE, read_rows
+from tests.support.train_processes import START_SECONDS, start_command
 
 Refused = Callable[..., str]  # function(*words) -> the line that `megadlcm WORDS` says
 UNDIVIDED = "training.global_batch_size = 4 is not a multiple"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline import read_index
-from megadlcm.cli import main
+from megadlcm.commands.main import main
 
 Refused = Callable[..., str]  # function(*words) -> the line that `megadlcm WORDS` says
 

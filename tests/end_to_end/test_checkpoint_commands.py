@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megadlcm.cli import main
+from megadlcm.commands.main import main
 from megadlcm.training.checkpoint import load_model
-from tests.train_processes import newest_checkpoint, write_run_file
+from tests.support.train_processes import newest_checkpoint, write_run_file
 
 Refused = Callable[..., str]  # function(*words) -> the line that `megadlcm WORDS` says
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.records import decode_table
-from tests.distributed import free_port, rank_environment
-from tests.train_processes import last_step, write_run_file
+from data_pipeline.shard_format.records import decode_table
+from tests.support.distributed import free_port, rank_environment
+from tests.support.train_processes import last_step, write_run_file
 
 pytestmark = pytest.mark.slow
 

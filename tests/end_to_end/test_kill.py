@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing import event_accumulator  # type: ignore[import-untyped]
 
-from megadlcm.training.checkpoint import load_tensors, read_description
-from tests.tiny_runs import read_rows
-from tests.train_processes import (
+from megadlcm.run_folder.checkpoints import read_description
+from tests.support.checkpoints import load_tensors
+from tests.support.tiny_runs import read_rows
+from tests.support.train_processes import (
     Moment,
     after_step,
     at_start,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 import tomllib
 from importlib.metadata import PackageNotFoundError, distribution
-from pathlib import Path
 
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
+
 PIN = re.compile(r"([a-zA-Z0-9][\w.-]*)==(\d+(?:\.\d+)*)")
 # a range by design; what belongs to an installer; what only a torch with CUDA brings
 RANGE = "deepspeed>=0.19.8,<0.20"

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from megadlcm.cli import main
+from megadlcm.commands.main import main
 from megadlcm.config import load_config
-from megadlcm.config.accounting import count_parameters
 from megadlcm.model import build_model
+from megadlcm.plan.accounting import count_parameters
+from tests.support.paths import CONFIGS
 
-FOLDER = Path(__file__).parents[2] / "configs"
-FILES = sorted(FOLDER.glob("*.yaml"))
+FILES = sorted(CONFIGS.glob("*.yaml"))
 NAMES = [path.name for path in FILES]
 STATED_BILLIONS = {
     "dlcm_87m.yaml": 0.087,
@@ -27,7 +27,7 @@ STATED_BILLIONS = {
 
 def stated_parameters() -> dict[str, int]:
     """Parameters by file name, from the table in configs/README.md."""
-    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    text = (CONFIGS / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| \[([\w.]+)\]\([\w.]+\) \| ([\d,]+) \|", text, re.MULTILINE)
     return {name: int(count.replace(",", "")) for name, count in rows}
 
@@ -61,7 +61,7 @@ def test_a_shipped_config_writes_to_a_folder_of_its_own_name(path: Path) -> None
 
 
 def test_the_large_files_share_data_and_proportions() -> None:
-    configs = [load_config(FOLDER / name) for name in STATED_BILLIONS]
+    configs = [load_config(CONFIGS / name) for name in STATED_BILLIONS]
     assert [source.weight for source in configs[0].data.train] == [50, 25, 15, 10]
     for config in configs:
         assert config.data == configs[0].data
@@ -78,7 +78,7 @@ def test_the_large_files_share_data_and_proportions() -> None:
 def test_batches_and_warm_up_are_those_that_the_readme_states() -> None:
     """From the 274M model up as LLaMA: 4.2M tokens of 2,048 each, 2,000 steps of warm-up."""
     for name in STATED_BILLIONS:
-        config = load_config(FOLDER / name)
+        config = load_config(CONFIGS / name)
         small = name == "dlcm_87m.yaml"
         assert config.data.seq_len == 2048
         assert config.step_tokens == (2**19 if small else 2**22)
@@ -92,7 +92,7 @@ def test_batches_and_warm_up_are_those_that_the_readme_states() -> None:
 
 
 def test_the_quickstart_can_be_cut_four_ways() -> None:
-    model = load_config(FOLDER / "quickstart.yaml").model
+    model = load_config(CONFIGS / "quickstart.yaml").model
     sizes = (
         model.vocab_size,
         model.d_token,

@@ -10,8 +10,13 @@ import torch
 from torch import Tensor
 
 from megadlcm.ops.boundary import BoundarySampling
-from tests.causality_probes import all_leaks, gradient_leak, replacement_leak, truncation_leak
-from tests.tiny_models import (
+from tests.support.causality_probes import (
+    all_leaks,
+    gradient_leak,
+    replacement_leak,
+    truncation_leak,
+)
+from tests.support.tiny_models import (
     ALIGNS,
     EXTRA_VARIANTS,
     SMOOTHINGS,

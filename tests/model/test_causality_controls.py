@@ -9,13 +9,18 @@ import torch
 
 from megadlcm.ops.packing import packing_from_offsets
 from megadlcm.ops.segments import concept_layout
-from tests.causality_probes import all_leaks, gradient_leak, replacement_leak, truncation_leak
-from tests.leaking_variants import (
+from tests.support.causality_probes import (
+    all_leaks,
+    gradient_leak,
+    replacement_leak,
+    truncation_leak,
+)
+from tests.support.leaking_variants import (
     use_literal_layout,
     use_own_last_token_layout,
     use_symmetric_smoothing,
 )
-from tests.tiny_models import (
+from tests.support.tiny_models import (
     ALIGNS,
     SMOOTHINGS,
     WEIGHTINGS,

@@ -25,7 +25,8 @@ from megadlcm.ops.boundary import (
 from megadlcm.ops.compression import ratio_gradient_scale
 from megadlcm.ops.cross_entropy import token_cross_entropy
 from megadlcm.ops.packing import packing_from_offsets
-from tests.tiny_models import (
+from tests.support.paths import ROOT
+from tests.support.tiny_models import (
     ALIGNS,
     BOUNDARY_MODES,
     pack,
@@ -37,7 +38,6 @@ from tests.tiny_models import (
 
 LEARNED = ("learned_global", "learned_local")
 LENGTHS = (30, 1, 25, 40)
-ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "configs").glob("dlcm_*.yaml"))
 # what boundaries do not depend on
 SMALL_REST: dict[str, Any] = {

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import (
 
 from megadlcm.model import build_model
 from megadlcm.ops.boundary import BoundarySampling
-from tests.tiny_models import (
+from tests.support.tiny_models import (
     VARIANTS,
     pack,
     random_documents,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megadlcm.model import DLCM, build_model
 from megadlcm.ops.cross_entropy import token_cross_entropy
-from tests.tiny_models import (
+from tests.support.tiny_models import (
     ALIGNS,
     BOUNDARY_MODES,
     EXTRA_VARIANTS,

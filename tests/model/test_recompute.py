@@ -14,10 +14,10 @@ from megadlcm.config import RunConfig
 from megadlcm.model.transformer import Stack, StackShape
 from megadlcm.ops import attention
 from megadlcm.ops.packing import packing_from_offsets
-from megadlcm.parallel.mesh import join_process_group
 from megadlcm.parallel.partition import build_stage_model
-from tests.distributed import run_distributed
-from tests.tiny_runs import tiny_run
+from megadlcm.parallel.process_group import join_process_group
+from tests.support.distributed import run_distributed
+from tests.support.tiny_runs import tiny_run
 
 MODES = ("none", "selective", "block")
 SHAPES = {

@@ -12,8 +12,8 @@ from torch import Tensor
 from megadlcm.config import MupConfig
 from megadlcm.model import LanguageModel, build_model
 from megadlcm.ops.boundary import BoundarySampling
-from tests.plain_model import BASE_WIDTH, PlainModel
-from tests.tiny_models import (
+from tests.support.plain_model import BASE_WIDTH, PlainModel
+from tests.support.tiny_models import (
     ALIGNS,
     WEIGHTINGS,
     pack,

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from megadlcm.config import MupConfig, RunConfig, config_from_dict
+from megadlcm.engine.optimizer import parameter_groups
 from megadlcm.model import DLCM, LanguageModel, build_model
 from megadlcm.model.scaling import GROUPS, group_of, initialize_parameters, parameter_table
 from megadlcm.ops.cross_entropy import token_cross_entropy
-from megadlcm.training.optimizer import parameter_groups
-from tests.tiny_models import ALIGNS, BOUNDARY_MODES, force_boundaries, pack, tiny_config
+from tests.support.tiny_models import ALIGNS, BOUNDARY_MODES, force_boundaries, pack, tiny_config
 
 MUP = MupConfig(base_width=32, init_std=0.05)
 # widths 64 and 160 at base width 32: s_token = 2, s_concept = 5

@@ -10,12 +10,12 @@ import torch
 from megadlcm.config import MupConfig
 from megadlcm.model import build_model
 from megadlcm.model.self_check import check_causality
-from tests.leaking_variants import (
+from tests.support.leaking_variants import (
     use_literal_layout,
     use_own_last_token_layout,
     use_symmetric_smoothing,
 )
-from tests.tiny_models import (
+from tests.support.tiny_models import (
     ALIGNS,
     BOUNDARY_MODES,
     EXTRA_VARIANTS,

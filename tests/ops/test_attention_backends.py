@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from data_pipeline.errors import InputError
-from megadlcm import pretrain
 from megadlcm.model.language_model import attention_backend
 from megadlcm.ops import attention
 from megadlcm.ops.attention import choose_backend
-from tests.tiny_models import tiny_config
-from tests.tiny_runs import tiny_run
+from megadlcm.training import pretrain
+from tests.support.tiny_models import tiny_config
+from tests.support.tiny_runs import tiny_run
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 KERNELS = ("flash_attn", "varlen")

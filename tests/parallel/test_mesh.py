@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from data_pipeline.errors import InputError
-from megadlcm.parallel.mesh import (
+from megadlcm.parallel.environment import (
     DEFAULT_MASTER_PORT,
     LaunchEnvironment,
     choose_device,
     first_host,
-    join_process_group,
     launch_environment,
 )
-from tests.distributed import RankFailedError, run_distributed
+from megadlcm.parallel.process_group import join_process_group
+from tests.support.distributed import RankFailedError, run_distributed
 
 TORCHRUN = {
     "RANK": "3",

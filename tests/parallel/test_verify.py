@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megadlcm.config import RunConfig, load_config
-from megadlcm.config.accounting import count_parameters
 from megadlcm.parallel import partition, verify
 from megadlcm.parallel.partition import Partition
-from megadlcm.parallel.stages import Chunk
 from megadlcm.parallel.verify import MismatchError, Verified, verify_layout
-from tests.distributed import run_distributed
+from megadlcm.plan.accounting import count_parameters
+from megadlcm.plan.stages import Chunk
+from tests.support.distributed import run_distributed
+from tests.support.paths import CONFIGS
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 LARGE = ["model.vocab_size=128816"]
 LAYOUTS = [
     (1, 1, "linear", "false", 8),

@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from data_pipeline.errors import InputError
-from data_pipeline.sources import open_sources
-from megadlcm import pretrain
+from data_pipeline.reading.sources import open_sources
 from megadlcm.config import RunConfig, config_keys
-from megadlcm.parallel.mesh import join_process_group
+from megadlcm.parallel.process_group import join_process_group
+from megadlcm.training import pretrain
 from megadlcm.training.agreement import _difference, _facts, check_agreement
-from tests.distributed import run_distributed
+from tests.support.distributed import run_distributed
 
 MakeRun = Callable[..., RunConfig]
 

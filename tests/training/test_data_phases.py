@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import InputError
-from data_pipeline.index import read_index
 from data_pipeline.prepare.write_shards import PrepareOptions, prepare
+from data_pipeline.shard_format.index import read_index
+from megadlcm.checkpoint.save_and_resume import save_checkpoint
 from megadlcm.config import RunConfig
-from megadlcm.training.checkpoint import save_checkpoint
-from megadlcm.training.state import TrainState
-from tests.layouts import run_steps
-from tests.tiny_runs import tiny_engine
-from tests.training.test_checkpoint import start_again, train
+from megadlcm.engine.state import TrainState
+from tests.checkpoint.test_save_and_resume import start_again, train
+from tests.support.layouts import run_steps
+from tests.support.tiny_runs import tiny_engine
 
 MakeRun = Callable[..., RunConfig]
 

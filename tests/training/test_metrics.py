@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable
@@ -12,10 +13,11 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 )
 
 from data_pipeline.errors import InputError
-from megadlcm import pretrain
 from megadlcm.config import RunConfig
-from megadlcm.training.metrics import MetricsWriter, read_written_rows
-from tests.tiny_runs import read_rows, tiny_run
+from megadlcm.run_folder import rows
+from megadlcm.training import pretrain
+from megadlcm.training.metrics import MetricsWriter
+from tests.support.tiny_runs import read_rows, tiny_run
 
 MakeRun = Callable[..., RunConfig]
 GROUPS = {"embedding", "token", "concept", "boundary", "gain", "head"}
@@ -89,9 +91,9 @@ def curve(output_dir: Path, tag: str = "train/loss") -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events_of(output_dir).Scalars(tag)]
 
 
-def write_rows(output_dir: Path, rows: list[dict[str, Any]], first_step: int = 1) -> None:
-    with MetricsWriter(output_dir, first_step, tensorboard=True) as metrics:
-        for row in rows:
+def write_rows(output_dir: Path, written: list[dict[str, Any]], first_step: int = 1) -> None:
+    with contextlib.closing(MetricsWriter(output_dir, first_step, tensorboard=True)) as metrics:
+        for row in written:
             metrics.write(row)
 
 
@@ -133,7 +135,7 @@ def test_a_torn_last_line_is_cut_off_and_its_step_written_again(
     write_rows(tmp_path, [train_row(1), train_row(2)])
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(torn)
-    assert read_written_rows(tmp_path / "metrics.jsonl") == {("train", 1), ("train", 2)}
+    assert [row["step"] for row in rows.read_rows(tmp_path)] == [1, 2]
     write_rows(tmp_path, [train_row(3)], first_step=3)
     assert [row["step"] for row in read_rows(tmp_path)] == [1, 2, 3]
 
@@ -144,12 +146,12 @@ def test_a_line_that_is_no_row_is_named_and_kept(tmp_path: Path, line: str) -> N
     contents = f'{{"step": 1, "loss": 1.0}}\n{line}\n{{"step": 3, "loss": 1.0}}\n'
     path.write_text(contents)
     with pytest.raises(InputError, match="line 2 is no row of metrics"):
-        read_written_rows(path)
+        rows.read_rows(path)
     assert path.read_text() == contents
 
 
 def test_a_number_that_json_does_not_know_is_refused_and_not_written(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, 1, tensorboard=False) as metrics:
+    with contextlib.closing(MetricsWriter(tmp_path, 1, tensorboard=False)) as metrics:
         metrics.write(train_row(1))
         with pytest.raises(ValueError, match="JSON"):
             metrics.write(train_row(2, math.nan))
@@ -157,7 +159,7 @@ def test_a_number_that_json_does_not_know_is_refused_and_not_written(tmp_path: P
 
 
 def test_rows_are_on_the_disk_as_soon_as_they_are_written(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, 1, tensorboard=False) as metrics:
+    with contextlib.closing(MetricsWriter(tmp_path, 1, tensorboard=False)) as metrics:
         metrics.write(train_row(1))
         assert len(read_rows(tmp_path)) == 1
     assert not (tmp_path / "tensorboard").exists()

@@ -13,15 +13,15 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from data_pipeline.batch import StepBatch
 from data_pipeline.errors import StorageError
-from data_pipeline.loader import StepLoader
+from data_pipeline.reading.batch import StepBatch
+from data_pipeline.reading.loader import StepLoader
 from megadlcm.config import RunConfig
-from megadlcm.parallel import liveness
-from megadlcm.parallel.mesh import join_process_group
-from megadlcm.pretrain import open_loader
+from megadlcm.parallel.process_group import join_process_group
+from megadlcm.parallel.watch import watchdog as liveness
+from megadlcm.training.pretrain import open_loader
 from megadlcm.training.replica_loader import ABSENT, ReplicaLoader
-from tests.distributed import run_distributed
+from tests.support.distributed import run_distributed
 
 MakeRun = Callable[..., RunConfig]
 NUM_STEPS = 3

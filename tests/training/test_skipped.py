@@ -14,13 +14,13 @@ import pytest
 
 from data_pipeline import open_samples
 from data_pipeline.errors import DamagedDataError
-from data_pipeline.records import decode_table
-from megadlcm import pretrain
+from data_pipeline.shard_format.records import decode_table
 from megadlcm.config import RunConfig
-from megadlcm.parallel.mesh import join_process_group
+from megadlcm.parallel.process_group import join_process_group
+from megadlcm.training import pretrain
 from megadlcm.training.skipped import damaged_shards
-from tests.distributed import run_distributed
-from tests.tiny_runs import read_rows
+from tests.support.distributed import run_distributed
+from tests.support.tiny_runs import read_rows
 
 MakeRun = Callable[..., RunConfig]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megadlcm.config import RunConfig
-from megadlcm.model.accounting import flops_per_token
+from megadlcm.plan.accounting import flops_per_token
 from megadlcm.training import throughput
 from megadlcm.training.throughput import (
     peak_flops,

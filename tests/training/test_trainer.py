@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import InputError
-from data_pipeline.index import read_index
-from megadlcm import pretrain
+from data_pipeline.shard_format.index import read_index
 from megadlcm.config import RunConfig, load_config
-from megadlcm.training.checkpoint import find_checkpoint, load_tensors
-from megadlcm.training.objective import MicroBatchResult, Objective
-from megadlcm.training.schedule import learning_rate_factor
+from megadlcm.engine.learning_rate import learning_rate_factor
+from megadlcm.engine.objective import MicroBatchResult, Objective
+from megadlcm.run_folder.checkpoints import find_checkpoint
+from megadlcm.training import pretrain
 from megadlcm.training.trainer import Trainer
-from tests.tiny_runs import read_rows, without_timing
+from tests.support.checkpoints import load_tensors
+from tests.support.tiny_runs import read_rows, without_timing
 
 MakeRun = Callable[..., RunConfig]
 

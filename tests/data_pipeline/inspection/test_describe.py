@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline import read_index
-from data_pipeline.cli import add_data_parser
+from data_pipeline.commands.data import add_data_parser
 from data_pipeline.config import SourceConfig
-from data_pipeline.index import DomainCounts
 from data_pipeline.inspection.describe import (
     describe,
     domain_table,
@@ -20,7 +19,8 @@ from data_pipeline.inspection.describe import (
     shard_urls,
     text_table,
 )
-from data_pipeline.storage import open_storage
+from data_pipeline.shard_format.index import DomainCounts
+from data_pipeline.storage.files import open_storage
 
 MakeNumbered = Callable[..., SourceConfig]
 

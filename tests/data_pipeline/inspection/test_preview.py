@@ -19,10 +19,10 @@ from data_pipeline.inspection.preview import (
     render_sample,
     shorten,
 )
-from data_pipeline.records import decode_table
-from data_pipeline.sources import read_tokenizer
-from data_pipeline.storage import open_storage
-from tests.tiny_shards import TEXTS, config_of, one_line
+from data_pipeline.reading.sources import read_tokenizer
+from data_pipeline.shard_format.records import decode_table
+from data_pipeline.storage.files import open_storage
+from tests.support.tiny_shards import TEXTS, config_of, one_line
 
 MakeShards = Callable[..., Path]
 ASCII_TEXTS = [text for text in TEXTS if text.isascii()]

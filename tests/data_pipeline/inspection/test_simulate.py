@@ -14,8 +14,8 @@ from data_pipeline import read_index
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.errors import InputError
 from data_pipeline.inspection.simulate import RunShape, Simulator, render_simulation
-from data_pipeline.mixture import Mixture, source_quotas
-from data_pipeline.order import (
+from data_pipeline.reading.mixture import Mixture, source_quotas
+from data_pipeline.reading.order import (
     KEPT_SHARDS,
     WINDOW_ORDER,
     SourceOrder,
@@ -23,7 +23,7 @@ from data_pipeline.order import (
     WindowPlace,
     permutation,
 )
-from tests.tiny_shards import config_of, one_line
+from tests.support.tiny_shards import config_of, one_line
 
 MakeNumbered = Callable[..., SourceConfig]
 LENGTHS = [30, 5, 1, 20, 9, 44, 17, 12, 3, 28, 31, 2, 60, 19]
@@ -191,7 +191,7 @@ def test_a_broken_order_is_found(
     data = mixed(make_numbered, seq_len=16)
     shape = RunShape(8, 1, 200)
     assert Simulator(data, 0, 200).figures(shape).sources[0].whole_epochs > 0
-    monkeypatch.setattr("data_pipeline.order.permutation", broken)
+    monkeypatch.setattr("data_pipeline.reading.order.permutation", broken)
     with pytest.raises(AssertionError, match="a window "):
         Simulator(data, 0, 200).figures(shape)
 

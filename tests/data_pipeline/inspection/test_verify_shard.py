@@ -13,14 +13,14 @@ import pytest
 
 from data_pipeline import read_index
 from data_pipeline.config import SourceConfig
-from data_pipeline.index import Shard
 from data_pipeline.inspection.verify_shard import (
     SHOWN_DOCUMENTS,
     FolderFacts,
     ShardReport,
     verify_shard,
 )
-from data_pipeline.records import (
+from data_pipeline.shard_format.index import Shard
+from data_pipeline.shard_format.records import (
     BLOCK_BYTES,
     CHECKSUM_TOKENS,
     DOCUMENT_DTYPE,
@@ -29,8 +29,8 @@ from data_pipeline.records import (
     encode_record,
     encode_table,
 )
-from data_pipeline.storage import LocalFile, StorageOptions, open_storage
-from tests.tiny_shards import NUMBERED_VOCAB
+from data_pipeline.storage.files import LocalFile, StorageOptions, open_storage
+from tests.support.tiny_shards import NUMBERED_VOCAB
 
 MakeNumbered = Callable[..., SourceConfig]
 FACTS = FolderFacts("uint16", NUMBERED_VOCAB - 1)
@@ -217,7 +217,7 @@ def test_storage_that_fails_is_not_called_damage(
     def broken(descriptor: int, size: int, offset: int) -> bytes:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("data_pipeline.storage.os.pread", broken)
+    monkeypatch.setattr("data_pipeline.storage.files.os.pread", broken)
     storage = open_storage(source.path, StorageOptions(attempts=2, wait_seconds=0.0))
     report = verify_shard(storage, FACTS, shard, lambda num_bytes: None)
     assert report.unread and report.domains is None

@@ -17,13 +17,13 @@ import pytest
 
 from data_pipeline import read_index
 from data_pipeline.inspection.verify import verify_folder
-from data_pipeline.locks import FileLock
 from data_pipeline.prepare import deduplicate
 from data_pipeline.prepare.work_folder import WorkFolder
 from data_pipeline.prepare.write_shards import Prepared, PrepareOptions, prepare
-from data_pipeline.shards import open_documents
+from data_pipeline.reading.shards import open_documents
+from data_pipeline.storage.locks import FileLock
 from data_pipeline.tokenizer import load_tokenizer
-from tests.tiny_shards import TEXTS
+from tests.support.tiny_shards import TEXTS
 
 NUM_FILES = 7
 Reference = tuple[list[str], Counter[str]]

@@ -15,7 +15,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.prepare.documents import TextDocument, describe_left_out, read_documents
 from data_pipeline.prepare.inputs import find_inputs
 from data_pipeline.prepare.pieces import ReadProgress
-from tests.tiny_shards import TEXTS, one_line, write_jsonl
+from tests.support.tiny_shards import TEXTS, one_line, write_jsonl
 
 
 def read(*patterns: Path | str, **options: object) -> list[TextDocument]:

@@ -24,7 +24,7 @@ from data_pipeline.prepare.encode import (
 from data_pipeline.prepare.inputs import InputFile
 from data_pipeline.prepare.pieces import Piece, Position
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
-from tests.tiny_shards import TEXTS
+from tests.support.tiny_shards import TEXTS
 
 
 def batch_of(number: int, contents: bytes) -> Batch:

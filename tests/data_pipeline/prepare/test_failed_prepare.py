@@ -16,7 +16,7 @@ from data_pipeline import read_index
 from data_pipeline.errors import InputError, StorageError
 from data_pipeline.inspection.verify import verify_folder
 from data_pipeline.prepare.write_shards import PrepareOptions, prepare
-from tests.tiny_shards import TEXTS, one_line, write_jsonl
+from tests.support.tiny_shards import TEXTS, one_line, write_jsonl
 
 MakeShards = Callable[..., Path]
 
@@ -124,7 +124,7 @@ write_shards.prepare(write_shards.PrepareOptions(
     (sys.argv[1],), Path(sys.argv[2]), Path(sys.argv[3]), shard_tokens=100, overwrite=True))
 """
 CLOSING = "parts.PartWriter, '_close_shard'"
-PUBLISHING = "publish, 'sync_folder'"
+PUBLISHING = "publish, 'sync_path'"
 
 
 def killed_prepare(place: str, call: int, *arguments: Path) -> None:

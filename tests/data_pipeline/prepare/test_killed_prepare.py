@@ -17,7 +17,8 @@ import pytest
 from data_pipeline import read_index
 from data_pipeline.inspection.verify import verify_folder
 from data_pipeline.prepare.write_shards import PrepareOptions, prepare
-from tests.tiny_shards import TEXTS, write_jsonl
+from tests.support.paths import ROOT
+from tests.support.tiny_shards import TEXTS, write_jsonl
 
 NUM_KILLS = 80
 STAGES = {"digests", "duplicates", "shards", "the decision", "moves", "clearing"}
@@ -95,7 +96,7 @@ class Victim:
         script.write_text(CHILD)
         words = [self.texts, self.tokenizer, self.output, kill_at, "made" if made else "not"]
         command = [sys.executable, str(script), *map(str, words), repr(self.chosen)]
-        root = Path(__file__).parents[3]
+        root = ROOT
         child = subprocess.run(
             command, capture_output=True, text=True, check=False, cwd=root, env={"PYTHONPATH": "."}
         )

@@ -17,7 +17,7 @@ from data_pipeline.prepare import pieces as pieces_module
 from data_pipeline.prepare.documents import TextDocument, piece_documents
 from data_pipeline.prepare.inputs import InputFile, find_inputs
 from data_pipeline.prepare.pieces import BEGINNING, Piece, Position, ReadProgress, read_pieces
-from tests.tiny_shards import one_line
+from tests.support.tiny_shards import one_line
 
 LINES = [json.dumps({"text": f"{number} " + "word " * (number * 7 % 40)}) for number in range(60)]
 LINES[3] = LINES[20] = LINES[21] = ""

@@ -12,14 +12,12 @@ import pytest
 
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.inspection.verify import verify_folder
-from data_pipeline.packing import pack_windows
 from data_pipeline.prepare.write_shards import PrepareOptions, prepare
-from data_pipeline.samples import SampleReader
-from data_pipeline.shards import open_documents
+from data_pipeline.reading.packing import pack_windows
+from data_pipeline.reading.samples import SampleReader
+from data_pipeline.reading.shards import open_documents
 from data_pipeline.tokenizer import load_tokenizer
-
-DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
-
+from tests.support.paths import DATA
 
 TRAIN_TOKENS = {"en": 3_821_364, "zh": 4_427_103, "code": 1_682_060, "math": 2_493_369}
 """Tokens of the training documents by the tokenizer gpt-neox-20b, counted where they come from."""

@@ -17,15 +17,15 @@ from pathlib import Path
 import pytest
 
 from data_pipeline import read_index
-from data_pipeline.cli import add_data_parser
+from data_pipeline.commands.data import add_data_parser
 from data_pipeline.errors import InputError, StorageError
 from data_pipeline.inspection.verify import verify_folder
-from data_pipeline.locks import FileLock
 from data_pipeline.output_folder import write_durably
 from data_pipeline.prepare import parts
 from data_pipeline.prepare.work_folder import WorkFolder
 from data_pipeline.prepare.write_shards import PrepareOptions, prepare
-from tests.tiny_shards import TEXTS, one_line, write_jsonl
+from data_pipeline.storage.locks import FileLock
+from tests.support.tiny_shards import TEXTS, one_line, write_jsonl
 
 NUM_FILES = 6
 
@@ -328,7 +328,7 @@ def test_the_command_says_what_is_missing_and_what_is_finished(
     said = []
     for more in (["--task", "1", "--num-tasks", "2"], ["--workers", "2"], []):
         arguments = parser.parse_args([*words, *more])
-        assert arguments.func(arguments) == 0
+        assert arguments.run(arguments) == 0
         said.append(capsys.readouterr().out)
     assert "3 of 6 parts are missing, of the tasks 0 of 2" in said[0]
     assert said[1].splitlines()[0].split()[:5] == (

@@ -19,9 +19,9 @@ from data_pipeline.config import SourceConfig
 from data_pipeline.errors import InputError
 from data_pipeline.prepare.documents import TextDocument
 from data_pipeline.prepare.write_shards import PrepareOptions, prepare
-from data_pipeline.shards import open_documents
+from data_pipeline.reading.shards import open_documents
 from data_pipeline.tokenizer import load_tokenizer
-from tests.tiny_shards import TEXTS, config_of, one_line, write_documents
+from tests.support.tiny_shards import TEXTS, config_of, one_line, write_documents
 
 MakeShards = Callable[..., Path]
 

@@ -1,0 +1,64 @@
+"""How every command is added, and the values that its options take."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+
+def add_command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
+    """Adds a command with its help; the caller adds arguments and sets `run`.
+
+    Args:
+        commands: what argparse's add_subparsers returned (its type has no public name).
+        name: of the command.
+        summary: one phrase.
+        example: shown below the options.
+
+    Returns:
+        Its parser. `run`, a default of it, is a function from the parsed arguments to an exit code.
+    """
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    return parser
+
+
+def integer(least: int) -> Callable[[str], int]:
+    """The type of an option that is an integer of at least so much."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{text} must be an integer >= {least}")
+        return number
+
+    return parse
+
+
+def positive(text: str) -> float:
+    """The type of an option that is a number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0.0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be a number > 0")
+    return number
+
+
+def share(text: str) -> float:
+    """The type of an option that is a share, above 0 and at most 1."""
+    number = positive(text)
+    if number > 1.0:
+        raise argparse.ArgumentTypeError(f"{text} must be at most 1; it is a share")
+    return number

@@ -1,0 +1,1 @@
+"""From shard folders to packed batches in an exact order."""

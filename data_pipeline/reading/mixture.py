@@ -1,0 +1,124 @@
+"""Which source gives sample n: weights as whole quotas of a period, in closed form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from data_pipeline.errors import InputError
+from data_pipeline.reading.order import MIXTURE_ORDER, LeastRecent, permutation
+
+MAX_PERIOD = 4096
+SPREAD = 64
+"""Places that are shuffled among themselves, so that any stretch of samples is near its shares."""
+
+
+class Weighted(Protocol):
+    """A source with a share."""
+
+    @property
+    def label(self) -> str:
+        """Name in messages."""
+        ...
+
+    @property
+    def weight(self) -> float:
+        """Share relative to the other sources."""
+        ...
+
+
+class Turn(NamedTuple):
+    """Whose turn a sample is."""
+
+    source: int
+    """Number of the source in its list."""
+    number: int
+    """How many samples that source has given before."""
+
+
+class Mixture:
+    """Gives every source its exact quota in each period, spread evenly and shuffled a little."""
+
+    def __init__(self, quotas: Sequence[int], seed: int) -> None:
+        """Keeps the quotas (samples of each source in a period, all >= 1) and the seed."""
+        self.quotas = tuple(quotas)
+        self.period = sum(self.quotas)
+        self._seed = seed
+        self._even = _even_order(self.quotas)
+        self._orders: LeastRecent[int, tuple[np.ndarray, np.ndarray]] = LeastRecent(4)
+
+    def turn(self, sample: int) -> Turn:
+        """Returns the source of a sample and its number there, O(1) in the sample number."""
+        if len(self.quotas) == 1:
+            return Turn(0, sample)
+        period, offset = divmod(sample, self.period)
+        sources, earlier = self._orders.get_or_make(period, lambda: self._order(period))
+        source = int(sources[offset])
+        return Turn(source, period * self.quotas[source] + int(earlier[offset]))
+
+    def counts(self, samples: int) -> list[int]:
+        """Returns how many of the first `samples` samples each source gives."""
+        if len(self.quotas) == 1:
+            return [samples]
+        period, offset = divmod(samples, self.period)
+        sources, _ = self._orders.get_or_make(period, lambda: self._order(period))
+        begun = np.bincount(sources[:offset], minlength=len(self.quotas)).tolist()
+        return [period * quota + own for quota, own in zip(self.quotas, begun, strict=True)]
+
+    def _order(self, period: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns per place of the period the source, and its earlier samples in the period."""
+        blocks = [
+            first
+            + permutation(
+                min(SPREAD, self.period - first), self._seed, MIXTURE_ORDER, period, first // SPREAD
+            )
+            for first in range(0, self.period, SPREAD)
+        ]
+        sources = self._even[np.concatenate(blocks)]
+        # Numbered before the shuffle, an entry would not know its rank after it: count again.
+        earlier = np.empty(self.period, dtype=np.int64)
+        for source, quota in enumerate(self.quotas):
+            earlier[sources == source] = np.arange(quota)
+        return sources, earlier
+
+
+def _even_order(quotas: Sequence[int]) -> np.ndarray:
+    """Returns the sources of one period, each at even distances: int64 (period,)."""
+    sources = np.repeat(np.arange(len(quotas)), quotas)
+    times = np.concatenate([(np.arange(quota) + 0.5) / quota for quota in quotas])
+    return sources[np.argsort(times, kind="stable")]
+
+
+def source_quotas(sources: Sequence[Weighted], split: str) -> tuple[int, ...]:
+    """Returns the samples of each source in one period.
+
+    Decimal weights are taken as written: 0.5, 0.25, 0.15, 0.1 give 10, 5, 3, 2. Where the exact
+    period would exceed MAX_PERIOD the quotas of a period of that length are rounded by largest
+    remainder.
+
+    Raises:
+        InputError: a source too light to have one sample in the longest period.
+    """
+    weights = [Fraction(str(source.weight)) for source in sources]
+    total = sum(weights, Fraction(0))
+    shares = [weight / total for weight in weights]
+    period = math.lcm(*(share.denominator for share in shares))
+    if period <= MAX_PERIOD:
+        return tuple(int(share * period) for share in shares)
+    exact = [share * MAX_PERIOD for share in shares]
+    quotas = [math.floor(quota) for quota in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda s: (quotas[s] - exact[s], s))
+    for source in by_remainder[: MAX_PERIOD - sum(quotas)]:
+        quotas[source] += 1
+    for number, (source_config, quota) in enumerate(zip(sources, quotas, strict=True)):
+        if quota == 0:
+            raise InputError(
+                f"data.{split}[{number}].weight = {source_config.weight} ({source_config.label}), "
+                f"must be at least 1/{MAX_PERIOD} of the sum {float(total):g}; raise it or leave "
+                "the source out"
+            )
+    return tuple(quotas)

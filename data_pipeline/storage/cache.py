@@ -1,0 +1,160 @@
+"""Opens shards that lie elsewhere: one process of a machine downloads each, for all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+from data_pipeline.errors import DamagedDataError, InputError, StorageError
+from data_pipeline.storage.cache_space import (
+    DIGEST_CHARACTERS,
+    CacheSpace,
+    DiskFullError,
+    Entry,
+    Partial,
+    is_locked,
+)
+from data_pipeline.storage.files import LocalFile, StorageOptions, patiently
+
+logger = logging.getLogger(__name__)
+
+Chunks = Callable[[], Generator[bytes]]
+"""Starts a download: yields the bytes of a shard in order."""
+
+POLL_SECONDS = 0.05
+SAYS_WAITING_SECONDS = 30.0
+
+
+class _WrongBytesError(Exception):
+    """A download came to its end and is not the shard that was written."""
+
+
+class ShardCache:
+    """Copies of the shards of one URL, in a folder that other URLs and processes use too."""
+
+    def __init__(self, url: str, cache_dir: str, options: StorageOptions) -> None:
+        """Makes no folder yet."""
+        self._url, self._options = url, options
+        folder = hashlib.sha256(url.encode()).hexdigest()[:DIGEST_CHARACTERS]
+        self._space = CacheSpace(cache_dir, options.cache_bytes)
+        self._folder = self._space.root / folder
+        self._damaged: dict[tuple[str, bytes], str] = {}
+        self._opened: set[str] = set()
+
+    def open(self, name: str, size: int, sha256: bytes, chunks: Chunks) -> LocalFile:
+        """Opens the copy of a shard, downloading it where there is none.
+
+        Args:
+            name: file name of the shard.
+            size: its bytes by the index.
+            sha256: 32 bytes: its digest by the index.
+            chunks: starts a download.
+
+        Raises:
+            FileNotFoundError: the store has no such shard.
+            DamagedDataError: the store has other bytes than those that were written.
+            InputError: the cache cannot be used, or is smaller than the shard.
+            StorageError: the store does not answer, or the disk is full.
+        """
+        path = f"{self._url}/{name}"
+        if (name, sha256) in self._damaged:  # found by several downloads: not once more
+            raise DamagedDataError(self._damaged[name, sha256])
+        if size > self._options.cache_bytes:
+            raise InputError(
+                f"data.cache_bytes = {self._options.cache_bytes}: {path} alone has {size} bytes; "
+                "set data.cache_bytes to many times that"
+            )
+        copy = self._folder / f"{name}.{sha256.hex()[:DIGEST_CHARACTERS]}"
+        disk_was_full = False
+        file = self._open_copy(copy, size)
+        while file is None:
+            reserved = self._space.reserve(copy, size, remove_all=disk_was_full)
+            if isinstance(reserved, Entry):
+                _wait_for(reserved, path)
+            elif reserved is not None:
+                try:
+                    self._download(reserved, name, size, sha256, chunks)
+                    with self._space.locked():  # or another process may remove it before it is open
+                        reserved.become(copy)
+                        file = self._open_copy(copy, size)
+                except DiskFullError:
+                    if disk_was_full:
+                        raise
+                    disk_was_full = True
+                finally:
+                    reserved.discard()
+            file = file or self._open_copy(copy, size)
+        self._opened.add(name)
+        return file
+
+    def forget(self, name: str) -> bool:
+        """Removes the copies of a shard; whether there was one when this process last read it."""
+        # Another thread or process may have removed the copy that the caller has read.
+        return self._space.remove(self._folder, name) or name in self._opened
+
+    def _open_copy(self, copy: Path, size: int) -> LocalFile | None:
+        """Opens a complete copy, which marks it as used."""
+        try:
+            if copy.stat().st_size != size:
+                return None
+            file = LocalFile(str(copy), self._options)
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            return None
+        # A copy that another user made can only be read; it is removed sooner then.
+        with contextlib.suppress(OSError):
+            now = time.time_ns()  # finer than the clock that a file system uses by itself
+            os.utime(copy, ns=(now, now))
+        return file
+
+    def _download(
+        self, partial: Partial, name: str, size: int, sha256: bytes, chunks: Chunks
+    ) -> None:
+        """Fills a partial file with the bytes of a shard, as often as it takes."""
+
+        def attempt() -> None:
+            digest, missing = hashlib.sha256(), size
+            partial.rewind()
+            with contextlib.closing(chunks()) as download:
+                for chunk in download:
+                    missing -= len(chunk)
+                    if missing < 0:
+                        raise _WrongBytesError(f"longer than the {size} bytes written")
+                    digest.update(chunk)
+                    partial.write(chunk)
+            if missing:
+                raise _WrongBytesError(f"{size - missing} bytes long, {size} were written")
+            if digest.digest() != sha256:
+                raise _WrongBytesError("its SHA-256 is not that of the index")
+
+        path = f"{self._url}/{name}"
+        try:
+            patiently(attempt, path, self._options, transient=(Exception,))
+        except StorageError as error:
+            if not isinstance(error.__cause__, _WrongBytesError):
+                raise
+            problem = (
+                f"{path}: damaged, {error.__cause__} (downloaded {self._options.attempts} times); "
+                f"see `megadlcm data verify {self._url}` and upload it again"
+            )
+            self._damaged[name, sha256] = problem
+            raise DamagedDataError(problem) from error
+
+
+def _wait_for(download: Entry, path: str) -> None:
+    """Waits until a download of somebody else is over, however long it takes."""
+    began = time.monotonic()
+    say_at = began + SAYS_WAITING_SECONDS
+    while is_locked(download.path):
+        time.sleep(POLL_SECONDS)
+        now = time.monotonic()
+        if now >= say_at:
+            say_at = now + SAYS_WAITING_SECONDS
+            logger.warning(
+                "%s: waiting for %.0f s until process %s has downloaded %s",
+                *(path, now - began, download.process, download.copy),
+            )

@@ -1,0 +1,1 @@
+"""From nothing to a trained, evaluated DLCM on a laptop."""

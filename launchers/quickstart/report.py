@@ -1,0 +1,56 @@
+"""What a quickstart has come to, in a few lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megadlcm.run_folder import files
+from megadlcm.run_folder.rows import evaluation_rows, read_rows, training_rows
+
+_MARK = "\u2502"  # the sample texts' own
+
+
+def print_report(run_folder: Path, seconds: float) -> None:
+    """Prints what a finished run has come to.
+
+    Args:
+        run_folder: the run folder.
+        seconds: time since the quickstart began.
+    """
+    rows = read_rows(run_folder)
+    steps = training_rows(rows)
+    # without held-out data, or without concepts, there is less to tell
+    evaluation = [{}, *evaluation_rows(rows)][-1]
+    last = steps[-1]
+    recent = steps[-max(len(steps) // 3, 1) :]
+    speed = sorted(row["tokens_per_second"] for row in recent)[len(recent) // 2]
+    print(
+        f"\n== quickstart: {last['step']} steps, {seconds / 60:.1f} minutes in all; "
+        "ratios and speed over the last third =="
+    )
+    print(f"training loss            {steps[0]['loss']:.3f} -> {last['loss']:.3f} nats per token")
+    if evaluation:
+        print(f"held-out loss            {evaluation['eval_loss']:.3f} nats per token")
+        print(f"held-out bits per byte   {evaluation['bits_per_byte']:.3f}")
+    if "tokens_per_concept" in last:
+        sampled, thresholded = (
+            _tokens_over_concepts([row[key] for row in recent])
+            for key in ("tokens_per_concept", "tokens_per_concept_threshold")
+        )
+        print(f"tokens per concept       {sampled:.2f} as trained (sampled)")
+        print(f"                         {thresholded:.2f} as at inference (thresholded)")
+    if "tokens_per_concept" in evaluation:
+        by_domain = evaluation["tokens_per_concept"].items()
+        listed = ", ".join(f"{name} {value:.2f}" for name, value in by_domain)
+        print(f"  held-out, by domain    {listed}")
+    print(f"tokens per second        {speed:,.0f}")
+    samples = sorted((run_folder / files.SAMPLES).glob("*.txt"))
+    if samples:
+        print(f"\nsample text, '{_MARK}' marks concept boundaries ({samples[-1]}):")
+        print("\n".join(samples[-1].read_text(encoding="utf-8").splitlines()[:14]))
+    print(f"\ncurves: tensorboard --logdir {run_folder / files.TENSORBOARD}")
+
+
+def _tokens_over_concepts(ratios: list[float]) -> float:
+    """The ratio over steps of equally many tokens together."""
+    return len(ratios) / sum(1.0 / ratio for ratio in ratios)

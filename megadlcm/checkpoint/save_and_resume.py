@@ -1,0 +1,187 @@
+"""Saves a run, resumes it, and loads its model on a laptop.
+
+A checkpoint holds tensors under parameter names, not DeepSpeed's own files: `model.safetensors`
+(fp32 master values and buffers), `optimizer.safetensors` (`<parameter>.exp_avg`, ...) and
+`state.json` (counters, resolved config, versions). `run_folder.checkpoints` commits and finds them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from data_pipeline.errors import InputError
+from data_pipeline.reading.phases import Phase, next_phases
+from megadlcm.config import RunConfig, config_to_dict
+from megadlcm.engine import masters
+from megadlcm.engine.engine import TrainingEngine
+from megadlcm.engine.state import TrainState
+from megadlcm.run_folder import checkpoints, files
+
+logger = logging.getLogger(__name__)
+
+# what a resumed run may not change: the model, the data order, the meaning of the optimizer state
+_FIXED_SECTIONS = ("model", "mup")
+_FIXED_KEYS = (
+    "seed",
+    "data.seq_len",
+    "data.seed",
+    "data.shuffle_block",
+    "training.global_batch_size",
+    "training.precision",
+    "optimizer.name",
+)
+_FREE_MODEL_KEYS = ("model.attention_backend",)
+
+
+def save_checkpoint(engine: TrainingEngine, config: RunConfig, state: TrainState) -> Path:
+    """Commits a checkpoint of the step just completed and prunes older ones; collective.
+
+    Args:
+        engine: the engine.
+        config: the resolved run.
+        state: counters.
+
+    Returns:
+        The folder.
+    """
+    root = Path(config.output_dir) / files.CHECKPOINTS
+    model_tensors = masters.read_model(engine)
+    optimizer_tensors = masters.read_optimizer(engine)
+    folder = root / files.step_name(state.step)
+    if engine.mesh.is_writer:
+        description = {
+            "train_state": state.to_dict(),
+            "config": config_to_dict(config),
+            "layout": {
+                "world_size": engine.mesh.world_size,
+                "zero_stage": engine.zero_stage,
+                "tensor_parallel_size": engine.mesh.tensor_parallel_size,
+                "pipeline_parallel_size": engine.mesh.pipeline_parallel_size,
+            },
+            "versions": _versions(),
+        }
+        text = json.dumps(description, indent=1)
+        writers: Mapping[str, Callable[[Path], Any]] = {
+            files.MODEL: lambda path: save_file(model_tensors, path),
+            files.OPTIMIZER: lambda path: save_file(optimizer_tensors, path),
+            files.STATE: lambda path: path.write_text(text, encoding="utf-8"),
+        }
+        checkpoints.commit(root, state.step, writers)
+        checkpoints.prune(root, config.checkpoint.keep, folder)
+    engine.mesh.barrier()
+    return folder
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "deepspeed", "safetensors")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def resume(engine: TrainingEngine, config: RunConfig) -> TrainState | None:
+    """Continues from the newest complete, verified checkpoint of the run folder; collective.
+
+    Rank 0 decides which one that is.
+
+    Args:
+        engine: a fresh engine.
+        config: the resolved run.
+
+    Returns:
+        Counters with `restart_count` one higher; None for a fresh run.
+
+    Raises:
+        InputError: the config or the data changed in a way that a resumed run cannot follow.
+    """
+    root = Path(config.output_dir) / files.CHECKPOINTS
+    found = None
+    if engine.mesh.is_writer:
+        checkpoints.remove_unfinished(root)
+        newest = checkpoints.newest_verified(root)
+        found = None if newest is None else newest.path
+    path: Path | None = engine.mesh.broadcast_object(found)
+    if path is None:
+        return None
+    description = checkpoints.read_description(path)
+    phases = check_continuable(description, config, path)
+    masters.write_model(engine, load_file(path / files.MODEL))
+    masters.write_optimizer(engine, load_file(path / files.OPTIMIZER))
+    state = TrainState.from_dict(description["train_state"])
+    state.restart_count += 1
+    state.data_phases = phases
+    logger.info("resumed from %s (step %d, start %d)", path, state.step, state.restart_count + 1)
+    return state
+
+
+def check_continuable(
+    description: dict[str, Any], config: RunConfig, path: Path
+) -> list[dict[str, Any]]:
+    """Refuses a config that the checkpoint cannot continue; other changes are logged.
+
+    Args:
+        description: `state.json` of the checkpoint.
+        config: the config of this start.
+        path: the checkpoint, for the message.
+
+    Returns:
+        The data phases of the resumed run.
+
+    Raises:
+        InputError: model, data order or precision differ; the message lists the keys.
+    """
+    saved, now = _flat(description["config"]), _flat(config_to_dict(config))
+    changed = sorted(key for key in saved.keys() | now.keys() if saved.get(key) != now.get(key))
+    forbidden = [key for key in changed if _is_fixed(key)]
+    if forbidden:
+        listed = ", ".join(
+            f"{key} ({saved.get(key, 'absent')!r} -> {now.get(key, 'absent')!r})"
+            for key in forbidden
+        )
+        raise InputError(
+            f"output_dir = {config.output_dir}: its checkpoint {path.name} was made with another "
+            f"{listed}; a resumed run cannot change that: set it back, or choose a new output_dir"
+        )
+    phases = _phases_now(TrainState.from_dict(description["train_state"]), config, path)
+    for key in changed:
+        logger.info("config change on resume: %s: %r -> %r", key, saved.get(key), now.get(key))
+    return phases
+
+
+def _phases_now(state: TrainState, config: RunConfig, path: Path) -> list[dict[str, Any]]:
+    """Returns the data phases of a resumed run; raises InputError where its data has changed."""
+    if not state.data_phases:
+        raise InputError(
+            f"output_dir = {config.output_dir}: its checkpoint {path.name} was made by an earlier "
+            "version, whose data came in another order; choose a new output_dir"
+        )
+    earlier = [Phase.from_dict(phase) for phase in state.data_phases]
+    try:
+        phases = next_phases(earlier, config.data, state.consumed_samples)
+    except InputError as error:
+        raise InputError(f"output_dir = {config.output_dir}: {error}") from error
+    return [phase.to_dict() for phase in phases]
+
+
+def _is_fixed(key: str) -> bool:
+    in_section = key.split(".")[0] in _FIXED_SECTIONS and key not in _FREE_MODEL_KEYS
+    return in_section or key in _FIXED_KEYS
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = prefix + key
+        if isinstance(value, Mapping):
+            flat |= _flat(value, name + ".")
+        elif name == "data.train":  # a folder may move; what is in it is in the data phases
+            flat[name] = [source["weight"] for source in value]
+        else:
+            flat[name] = value
+    return flat

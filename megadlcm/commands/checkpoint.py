@@ -1,0 +1,115 @@
+"""`megadlcm checkpoint list|verify|inspect RUN_DIR`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.commands.arguments import add_command
+from data_pipeline.errors import InputError
+from megadlcm.run_folder import checkpoints, files
+
+
+def add_parser(commands: Any) -> None:
+    """Adds `checkpoint` and its commands; see `add_command`."""
+    summary = "list, verify and inspect the checkpoints of a run"
+    example = "example: megadlcm checkpoint verify runs/quickstart/run"
+    parser = add_command(commands, "checkpoint", summary, example)
+    commands = parser.add_subparsers(dest="checkpoint_command", metavar="COMMAND", required=True)
+    run_folder = "output_dir of a run"
+    for name, run, folder, description in (
+        (
+            "list",
+            run_list,
+            run_folder,
+            "list the checkpoints of a run, newest first, without reading them",
+        ),
+        (
+            "verify",
+            run_verify,
+            run_folder,
+            "check sizes and SHA-256 of every file; exit 2 if one is damaged",
+        ),
+        (
+            "inspect",
+            run_inspect,
+            f"{run_folder} (its newest good checkpoint), or a checkpoint folder",
+            "show counters, layout, versions and tensors of a checkpoint",
+        ),
+    ):
+        example = f"example: megadlcm checkpoint {name} runs/quickstart/run"
+        command = add_command(commands, name, description, example)
+        command.add_argument("run_dir", metavar="RUN_DIR", help=folder)
+        command.set_defaults(run=run)
+
+
+def _root(run_dir: str) -> Path:
+    root = Path(run_dir) / files.CHECKPOINTS
+    if not root.is_dir():
+        raise InputError(
+            f"{run_dir} has no folder {files.CHECKPOINTS!r}; name the output_dir of a run"
+        )
+    return root
+
+
+def run_list(arguments: argparse.Namespace) -> int:
+    """Prints step, size and name of every checkpoint; 0."""
+    root = _root(arguments.run_dir)
+    latest_file = root / files.LATEST
+    latest = latest_file.read_text(encoding="utf-8").strip() if latest_file.is_file() else ""
+    found = checkpoints.list_steps(root)
+    if not found:
+        print(f"{root} holds no checkpoint yet")
+    for step, path in found:
+        num_bytes = sum(file.stat().st_size for file in path.iterdir())
+        mark = "  (latest)" if path.name == latest else ""
+        print(f"step {step:>10}  {num_bytes / 1e6:10.1f} MB  {path}{mark}")
+    return 0
+
+
+def run_verify(arguments: argparse.Namespace) -> int:
+    """Prints the state of every checkpoint of a run; 0, or InputError where one is damaged."""
+    root = _root(arguments.run_dir)
+    found = checkpoints.verify_all(root)
+    if not found:
+        raise InputError(f"{root} holds no checkpoint; name the output_dir of a run that saved one")
+    for checkpoint in found:
+        mark = "DAMAGED" if checkpoint.problem else "ok"
+        print(f"{mark:8}{checkpoint.path}  {checkpoint.problem}".rstrip())
+    num_damaged = sum(bool(checkpoint.problem) for checkpoint in found)
+    if num_damaged:
+        raise InputError(
+            f"{root}: {num_damaged} of {len(found)} checkpoints damaged; a run passes over "
+            "them, remove or restore them"
+        )
+    return 0
+
+
+def run_inspect(arguments: argparse.Namespace) -> int:
+    """Prints what the newest good checkpoint, or the named one, contains; 0."""
+    # torch is loaded for this command only
+    from safetensors import safe_open
+
+    path = checkpoints.find_checkpoint(arguments.run_dir)
+    description = checkpoints.read_description(path)
+    print(path)
+    for section in ("train_state", "layout", "versions"):
+        print(f"{section}: {_inline(description[section])}")
+    total = 0
+    with safe_open(path / files.MODEL, framework="np") as tensors:
+        names = sorted(tensors.keys())
+        for name in names:
+            piece = tensors.get_slice(name)
+            shape = piece.get_shape()
+            print(f"  {name:60} {piece.get_dtype():5} {shape}")
+            size = 1
+            for length in shape:
+                size *= length
+            total += size
+    print(f"{len(names)} tensors, {total:,} values")
+    return 0
+
+
+def _inline(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in values.items())

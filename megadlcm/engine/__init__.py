@@ -1,0 +1,1 @@
+"""All that knows DeepSpeed, and the optimizer step that runs on it."""

@@ -1,0 +1,239 @@
+"""Master parameters and optimizer state by parameter name, whatever DeepSpeed did to them.
+
+Under ZeRO the optimizer sees flat fp32 partitions of parameter groups. DeepSpeed knows the place of
+each parameter in them: stages 1 and 2 hang the means to read and write it on the parameter itself
+(`get_full_hp_param`, `set_full_hp_param`), stage 3 on its optimizer. Through them a checkpoint
+holds whole tensors under their names, which any layout can read: pieces of a tensor parallel group
+are put together and other stages send theirs to rank 0. Reading and writing are collective: every
+process must call them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megadlcm.engine.engine import TrainingEngine
+from megadlcm.parallel.partition import Part, piece
+from megadlcm.parallel.transfer import bring_to_first_stage, gather_pieces
+
+STEP_KEY = "step"
+
+
+def read_model(engine: TrainingEngine) -> dict[str, Tensor]:
+    """Copies parameters (fp32 masters) and buffers to the host of rank 0.
+
+    Args:
+        engine: the engine.
+
+    Returns:
+        Whole tensors by name; empty on processes that do not write.
+    """
+    own = dict(engine.model.named_parameters())
+    buffers = dict(_saved_buffers(engine.model))
+    tensors = {}
+    for name, part in engine.partition.parts.items():
+        value = None
+        if name in own:
+            parameter = own[name]
+            value = parameter if engine.zero_optimizer is None else _get(engine, parameter)
+        elif name in buffers:
+            value = buffers[name]
+        whole = _collect(engine, part, value)
+        if whole is not None:
+            tensors[name] = whole
+    return tensors
+
+
+def write_model(engine: TrainingEngine, tensors: Mapping[str, Tensor]) -> None:
+    """Sets parameters, fp32 masters and buffers; the inverse of `read_model`.
+
+    Args:
+        engine: the engine.
+        tensors: whole tensors by name, complete.
+    """
+    with torch.no_grad():
+        for name, parameter in engine.model.named_parameters():
+            value = _own_piece(engine, name, tensors[name])
+            if engine.zero_optimizer is None:
+                parameter.copy_(value)
+            else:
+                _set(engine, parameter, value)
+        _follow_masters(engine)
+        for name, buffer in _saved_buffers(engine.model):
+            buffer.copy_(tensors[name])
+
+
+def read_optimizer(engine: TrainingEngine) -> dict[str, Tensor]:
+    """Copies the optimizer state to the host of rank 0, as `<parameter>.<key>`.
+
+    Args:
+        engine: the engine.
+
+    Returns:
+        Whole tensors by name; empty on processes that do not write, and for an optimizer without
+        state.
+    """
+    _link_states(engine)
+    own = {name: (parameter, owner) for name, parameter, owner in _owners(engine)}
+    held = [sorted(engine.optimizer.state.get(owner, {})) for _, owner in own.values()]
+    keys = sorted(
+        {key for keys in engine.mesh.gather_over_pipeline(held) for k in keys for key in k}
+    )
+    tensors = {}
+    for name, part in engine.partition.parts.items():
+        if not part.is_parameter:
+            continue
+        for key in keys:
+            value = None
+            if name in own:
+                parameter, owner = own[name]
+                state = engine.optimizer.state[owner]
+                partitioned = key != STEP_KEY and engine.zero_optimizer is not None
+                value = _get(engine, parameter, key) if partitioned else state[key]
+            if key == STEP_KEY:
+                part_of_key = dataclasses.replace(part, shape=torch.Size(()), dimension=None)
+                whole = _collect(engine, part_of_key, value)
+            else:
+                whole = _collect(engine, part, value)
+            if whole is not None:
+                tensors[f"{name}.{key}"] = whole
+    return tensors
+
+
+def write_optimizer(engine: TrainingEngine, tensors: Mapping[str, Tensor]) -> None:
+    """Sets the optimizer state; the inverse of `read_optimizer`.
+
+    Args:
+        engine: the engine, fresh or not.
+        tensors: whole tensors named `<parameter>.<key>`, complete.
+    """
+    keys = sorted({name.rsplit(".", 1)[1] for name in tensors})
+    if not keys:
+        return
+    owners = list(_owners(engine))
+    for name, _, owner in owners:
+        engine.optimizer.state[owner] = {
+            key: tensors[f"{name}.{key}"].to(owner.device).clone()
+            if key == STEP_KEY
+            else torch.zeros_like(owner, requires_grad=False)
+            for key in keys
+        }
+    _link_states(engine)
+    for name, parameter, owner in owners:
+        for key in keys:
+            if key == STEP_KEY:
+                continue
+            value = _own_piece(engine, name, tensors[f"{name}.{key}"])
+            if engine.zero_optimizer is None:
+                engine.optimizer.state[owner][key].copy_(value)
+            else:
+                _set(engine, parameter, value, key)
+
+
+def _own_piece(engine: TrainingEngine, name: str, whole: Tensor) -> Tensor:
+    mesh, part = engine.mesh, engine.partition.parts[name]
+    own = piece(whole, part.dimension, mesh.tensor_parallel_rank, mesh.tensor_parallel_size)
+    return own.to(mesh.device)
+
+
+def _collect(engine: TrainingEngine, part: Part, value: Tensor | None) -> Tensor | None:
+    """Puts the pieces of a tensor together and brings it to rank 0; collective.
+
+    Args:
+        engine: the engine.
+        part: where the tensor lives.
+        value: this process's piece of it, None on other stages.
+
+    Returns:
+        The whole tensor on the host of rank 0, None elsewhere.
+    """
+    mesh = engine.mesh
+    if value is not None:
+        value = value.detach()
+        if part.dimension is not None:
+            value = gather_pieces(value, part.dimension, mesh)
+    if mesh.data_parallel_rank or mesh.tensor_parallel_rank:
+        return None
+    value = bring_to_first_stage(value, part, mesh)
+    return None if value is None else _on_host(value)
+
+
+def _link_states(engine: TrainingEngine) -> None:
+    """Points each parameter at its place in the optimizer state.
+
+    DeepSpeed does so itself, but ZeRO 1 and 2 do it after the first parameter group was stepped,
+    when the other groups have no state yet, and never again.
+    """
+    zero: Any = engine.zero_optimizer
+    if engine.zero_stage in (1, 2):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def _owners(engine: TrainingEngine) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+    """Each parameter with the tensor under which the optimizer keeps its state."""
+    names = {id(parameter): name for name, parameter in engine.model.named_parameters()}
+    zero = engine.zero_optimizer
+    groups = engine.optimizer.param_groups
+    if zero is None:
+        for group in groups:
+            for parameter in group["params"]:
+                yield names[id(parameter)], parameter, parameter
+        return
+    if engine.zero_stage == 3:  # the torch groups are empty between steps
+        members, owners = zero.fp16_groups, zero.fp32_partitioned_groups_flat
+    else:
+        members = zero.bf16_groups if hasattr(zero, "bf16_groups") else zero.bit16_groups
+        owners = [group["params"][0] for group in groups]
+    for parameters, owner in zip(members, owners, strict=True):
+        for parameter in parameters:
+            yield names[id(parameter)], parameter, owner
+
+
+def _get(engine: TrainingEngine, parameter: Any, key: str | None = None) -> Tensor:
+    """Collects the fp32 master of a partitioned parameter, or an entry of its optimizer state."""
+    zero: Any = engine.zero_optimizer
+    if engine.zero_stage == 3:
+        return zero.get_full_hp_param(parameter, key)
+    return parameter.get_full_hp_param(key)
+
+
+def _set(engine: TrainingEngine, parameter: Any, value: Tensor, key: str | None = None) -> None:
+    """Keeps this replica's part of what `_get` collects."""
+    zero: Any = engine.zero_optimizer
+    if engine.zero_stage < 3:
+        parameter.set_full_hp_param(value, key)
+        return
+    size = parameter.partition_numel()  # the last replica's part is filled up
+    start = size * engine.mesh.data_parallel_rank
+    own = value.new_zeros(size)
+    part = value.flatten()[start : start + size]
+    own[: part.numel()] = part
+    zero.set_local_hp_param(own, parameter, key)
+
+
+def _follow_masters(engine: TrainingEngine) -> None:
+    """Computes the parameters of the model from their fp32 masters."""
+    zero = engine.zero_optimizer
+    if zero is None:
+        return
+    if engine.zero_stage < 3:
+        zero.update_lp_params()
+        return
+    zero._partition_all_parameters()  # small ones are kept whole and would keep their old values
+    for sub_group in range(len(zero.fp16_groups)):
+        zero._reassign_or_swap_out_partitioned_parameters(sub_group)
+
+
+def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    saved = model.state_dict().keys()
+    return ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()

@@ -1,0 +1,294 @@
+"""Model output -> loss and sums. The global normalisation of a step lives here and only here.
+
+Gradients are averaged over the data-parallel replicas and added over the micro-batches. The loss of
+one micro-batch is therefore the share of its *sums* in the whole step, times the replicas:
+
+    loss = (sum CE + w * sum_t s_t p_t) / N * replicas
+
+N counts the tokens of the whole step on all replicas, w is `training.ratio_loss_weight` and
+s_t = R (R F - 1) / (R - 1) is the gradient of the ratio loss (DLCM Eq. 8-10). F is taken over the
+whole step (`learned_global`, `ema_ste`) or over the token's own document (`learned_local`).
+So the gradient of a step does not depend on how it was cut into micro-batches or over replicas.
+Each of the two terms belongs to one stage of a pipeline: cross-entropy to the head, ratio loss to
+the boundary detector.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from megadlcm.config import RunConfig
+from megadlcm.config.model import GLOBAL_RATIO_MODES
+from megadlcm.model import LanguageModel
+from megadlcm.model.chunking import BoundaryOutput
+from megadlcm.model.output import ModelOutput
+from megadlcm.model.units import Flow, MicroBatch, run_units
+from megadlcm.ops.boundary import NUM_PROBABILITY_BINS, probability_histogram
+from megadlcm.ops.compression import ratio_gradient_scale
+from megadlcm.ops.packing import Packing
+from megadlcm.parallel.mesh import ParallelMesh
+from megadlcm.plan.stages import Chunk
+
+NUM_LENGTH_BINS = 65
+"""Concept lengths 0..63 have a bin each, the last one holds all longer concepts."""
+NEAR_HALF = 0.05
+"""Probabilities this close to 0.5 are the ones whose decision flips easily."""
+
+STEERED_MODES = ("learned_global", "learned_local")
+"""Modes in which the ratio loss alone trains the detector; see ratio_control."""
+_SUMS = (
+    "cross_entropy",
+    "num_tokens",
+    "boundary_prob",
+    "num_boundaries",
+    "num_threshold_boundaries",
+    "num_near_half",
+)
+NUM_SUMS = len(_SUMS) + NUM_LENGTH_BINS
+
+
+@dataclass(frozen=True)
+class DeviceBatch(MicroBatch):
+    """One micro-batch on the device, with what it is trained on."""
+
+    labels_T: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """Next tokens, int64 (T,)."""
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """What the loss of a micro-batch must know about the whole step."""
+
+    num_tokens: int
+    """Tokens of the step on all replicas, N."""
+    boundary_fraction: Tensor | None
+    """F of the step, fp64 scalar; None where the micro-batch is the replica's whole share."""
+
+
+@dataclass
+class StepStats:
+    """Sums over tokens, on the device; added over micro-batches and replicas, read when logging."""
+
+    sums: Tensor
+    """The scalars of `StepSummary` and the histogram of concept lengths, fp64 (NUM_SUMS,)."""
+    prob_histogram: Tensor | None = None
+    """Probabilities in equal bins, int64; only where something is steered by them."""
+
+    def add_(self, other: StepStats) -> StepStats:
+        """Adds the sums of another micro-batch in place."""
+        self.sums += other.sums
+        if self.prob_histogram is not None and other.prob_histogram is not None:
+            self.prob_histogram += other.prob_histogram
+        return self
+
+
+@dataclass(frozen=True)
+class StepSummary:
+    """The sums of a whole step as Python numbers."""
+
+    cross_entropy: float
+    num_tokens: float
+    boundary_prob: float
+    num_boundaries: float
+    num_threshold_boundaries: float
+    num_near_half: float
+    concept_lengths: list[int] = field(default_factory=list)
+    """Concepts of each length; see `NUM_LENGTH_BINS`."""
+
+    @classmethod
+    def from_sums(cls, sums: list[float]) -> StepSummary:
+        """Names the entries of `StepStats.sums` after they were copied to the host."""
+        scalars = dict(zip(_SUMS, sums, strict=False))
+        return cls(**scalars, concept_lengths=[int(count) for count in sums[len(_SUMS) :]])
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy, nats per token."""
+        return self.cross_entropy / self.num_tokens
+
+    @property
+    def boundary_fraction(self) -> float:
+        """F, boundaries per token."""
+        return self.num_boundaries / self.num_tokens
+
+    @property
+    def mean_boundary_prob(self) -> float:
+        """G, mean boundary probability."""
+        return self.boundary_prob / self.num_tokens
+
+
+class MicroBatchResult(NamedTuple):
+    """Cross-entropy to back-propagate and sums to keep."""
+
+    loss: Tensor
+    stats: StepStats
+
+
+class Objective:
+    """Computes the loss of a micro-batch as its share of the step.
+
+    Args:
+        config: the run.
+        mesh: replicas over which a step is summed.
+    """
+
+    def __init__(self, config: RunConfig, mesh: ParallelMesh) -> None:
+        self.mesh = mesh
+        self.mode = config.model.boundary_mode if config.model.architecture == "dlcm" else "none"
+        self.target = config.model.target_tokens_per_concept
+        self.ratio_loss_weight = config.training.ratio_loss_weight
+        self.keeps_histogram = self.mode in STEERED_MODES or (
+            self.mode == "rule" and config.model.rule_threshold is None
+        )
+        # gradients are divided by it; see the module's docstring
+        self.averaged_over = mesh.data_parallel_size
+
+    @property
+    def needs_boundary_fraction(self) -> bool:
+        """Whether the ratio loss is driven by F of the whole step."""
+        return self.mode in GLOBAL_RATIO_MODES and self.ratio_loss_weight != 0.0
+
+    def __call__(
+        self, output: ModelOutput, labels_T: Tensor, totals: StepTotals
+    ) -> MicroBatchResult:
+        """Computes cross-entropy and sums of one micro-batch.
+
+        Args:
+            output: what the model returned.
+            labels_T: next tokens, int64 (T,).
+            totals: sums of the whole step.
+
+        Returns:
+            The loss, scaled so that averages over replicas give the mean over the step, and sums.
+        """
+        loss_T = output.token_losses(labels_T)
+        loss = loss_T.sum() * (self.averaged_over / totals.num_tokens)
+        return MicroBatchResult(loss, self._stats(output, loss_T.detach()))
+
+    def ratio_loss(
+        self, boundary: BoundaryOutput, packing: Packing, totals: StepTotals
+    ) -> Tensor | None:
+        """Computes a scalar whose gradient is that of one micro-batch's ratio loss.
+
+        Args:
+            boundary: what the detector said.
+            packing: the documents.
+            totals: sums of the whole step.
+
+        Returns:
+            The scalar, scaled as the loss; None where nothing is driven by it.
+        """
+        if self.ratio_loss_weight == 0.0:
+            return None
+        slope_T = self._ratio_slope(boundary, packing, totals)
+        if slope_T is None or not boundary.prob_T.requires_grad:
+            return None
+        # its gradient is that of the ratio loss times N
+        ratio = (slope_T.to(boundary.prob_T.dtype) * boundary.prob_T).sum()
+        return self.ratio_loss_weight * ratio * (self.averaged_over / totals.num_tokens)
+
+    def _ratio_slope(
+        self, boundary: BoundaryOutput, packing: Packing, totals: StepTotals
+    ) -> Tensor | None:
+        """s_t of each token, (T,)."""
+        if self.mode not in (*GLOBAL_RATIO_MODES, "learned_local"):
+            return None
+        if self.mode == "learned_local":
+            document_T = packing.document_index()
+            lengths = packing.cu_seqlens.diff().double()
+            counts = torch.zeros_like(lengths)
+            counts.index_add_(0, document_T, boundary.mask_T.double())
+            return ratio_gradient_scale(counts / lengths, self.target)[document_T]
+        fraction = totals.boundary_fraction
+        if fraction is None:
+            count = self.mesh.sum_over_data_parallel(boundary.mask_T.sum(dtype=torch.float64))
+            fraction = count / totals.num_tokens
+        slope = ratio_gradient_scale(fraction, self.target)
+        return slope.to(boundary.prob_T.device).expand(boundary.prob_T.shape)
+
+    def empty_stats(self) -> StepStats:
+        """Sums of nothing, for a stage that computes none."""
+        device = self.mesh.device
+        histogram = None
+        if self.keeps_histogram:
+            histogram = torch.zeros(NUM_PROBABILITY_BINS, dtype=torch.int64, device=device)
+        return StepStats(torch.zeros(NUM_SUMS, dtype=torch.float64, device=device), histogram)
+
+    @torch.no_grad()
+    def _stats(self, output: ModelOutput, loss_T: Tensor) -> StepStats:
+        wide = torch.float64
+        sums = torch.zeros(NUM_SUMS, dtype=wide, device=loss_T.device)
+        sums[0] = loss_T.sum(dtype=wide)
+        sums[1] = loss_T.numel()
+        boundary, layout = output.boundary, output.layout
+        if boundary is None:
+            return StepStats(sums)
+        sums[2] = boundary.prob_T.sum(dtype=wide)
+        sums[3] = boundary.mask_T.sum(dtype=wide)
+        sums[4] = boundary.threshold_mask_T.sum(dtype=wide)
+        sums[5] = ((boundary.prob_T - 0.5).abs() < NEAR_HALF).sum(dtype=wide)
+        if layout is not None:
+            bins_M = layout.pooled_count_M.clamp(max=NUM_LENGTH_BINS - 1)
+            lengths = sums[len(_SUMS) :]
+            lengths.index_add_(0, bins_M, torch.ones_like(bins_M, dtype=wide))
+        histogram = None
+        if self.keeps_histogram:
+            histogram = probability_histogram(boundary.prob_T, output.packing)
+        return StepStats(sums, histogram)
+
+
+class ChunkResult(NamedTuple):
+    """What one chunk made of one micro-batch.
+
+    A NamedTuple because DeepSpeed hooks the start of the backward pass on the tensors that the
+    module returns, and looks for them in tuples, lists and dicts only.
+    """
+
+    loss: Tensor | None
+    """What the chunk adds to the loss."""
+    stats: StepStats | None
+    """Sums of the micro-batch, from the last chunk."""
+    outputs: tuple[Tensor, ...]
+    """Tensors for other chunks."""
+
+
+class TrainingForward(nn.Module):
+    """The module that DeepSpeed drives: a chunk of the model and the losses that belong to it.
+
+    Args:
+        model: what this process holds of the model.
+        objective: turns its output into the loss.
+    """
+
+    def __init__(self, model: LanguageModel, objective: Objective) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+
+    def forward(
+        self, chunk: Chunk, flow: Flow, batch: DeviceBatch, totals: StepTotals
+    ) -> ChunkResult:
+        """Runs a chunk on one micro-batch and computes its share of the step's loss."""
+        names = chunk.names
+        run_units(self.model, names, flow)
+        losses: list[Tensor] = []
+        stats = None
+        if "segmentation" in names:
+            assert flow.boundary is not None
+            ratio = self.objective.ratio_loss(flow.boundary, flow.packing, totals)
+            losses += [] if ratio is None else [ratio]
+        if "lm_head" in names:
+            result: MicroBatchResult = self.objective(flow.output, batch.labels_T, totals)
+            losses.append(result.loss)
+            return ChunkResult(torch.stack(losses).sum(), result.stats, ())
+        made = [
+            flow.states,
+            flow.hidden_TD,
+            None if flow.boundary is None else flow.boundary.prob_T,
+        ]
+        outputs = tuple(tensor for tensor in made if tensor is not None and tensor.requires_grad)
+        return ChunkResult(losses[0] if losses else None, stats, outputs)

@@ -1,0 +1,267 @@
+"""One optimizer step: micro-batches in, sums out; nothing is applied if anything is not finite."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data_pipeline.reading.batch import PackedBatch, StepBatch, batch_digest
+from megadlcm.config import RunConfig
+from megadlcm.engine.engine import TrainingEngine
+from megadlcm.engine.objective import (
+    NUM_SUMS,
+    ChunkResult,
+    DeviceBatch,
+    Objective,
+    StepStats,
+    StepSummary,
+    StepTotals,
+)
+from megadlcm.engine.ratio_control import RatioController, steers_detector
+from megadlcm.engine.state import TrainState
+from megadlcm.model import DLCM
+from megadlcm.model.scaling import GROUPS, group_of
+from megadlcm.model.units import Flow
+from megadlcm.ops.boundary import BoundarySampling
+from megadlcm.plan.stages import Chunk
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient is NaN or infinite; the step was not applied."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did."""
+
+    summary: StepSummary
+    """Sums over the step's tokens."""
+    grad_norm: float
+    """Norm of the whole gradient before clipping."""
+    group_grad_norms: dict[str, float]
+    """The same for each muP group."""
+
+
+def to_device(
+    batch: PackedBatch, config: RunConfig, step: int, device: torch.device
+) -> DeviceBatch:
+    """Moves a micro-batch to the device.
+
+    Args:
+        batch: the packed micro-batch.
+        config: the run; its seed names the random draws.
+        step: completed optimizer steps.
+        device: where to.
+
+    Returns:
+        The same as tensors.
+    """
+    token_index_T = torch.from_numpy(batch.token_index_T).to(device, non_blocking=True)
+    return DeviceBatch(
+        torch.from_numpy(batch.tokens_T).to(device, non_blocking=True),
+        torch.from_numpy(batch.cu_seqlens).to(device, non_blocking=True),
+        BoundarySampling(config.seed, step, token_index_T),
+        torch.from_numpy(batch.labels_T).to(device, non_blocking=True),
+    )
+
+
+def global_batch_digest(engine: TrainingEngine, batch: StepBatch) -> str:
+    """Digest of sample ids and tokens of the global batch, the same for every layout.
+
+    Known to the processes that read the data, one of each replica; collective among them. Empty on
+    others.
+    """
+    if not engine.mesh.reads_data:
+        return ""
+    gathered = engine.mesh.gather_over_data_parallel(tuple(batch.sample_digests))
+    return batch_digest([digest for digests in gathered for digest in digests])
+
+
+def calibrate_boundaries(engine: TrainingEngine, config: RunConfig, batch: StepBatch) -> float:
+    """Sets the detector's offset from the cosines of a whole global batch; once in a fresh run.
+
+    Args:
+        engine: the engine.
+        config: the run.
+        batch: this replica's share of the batch.
+
+    Returns:
+        The offset.
+    """
+    cosines: list[Tensor] = []
+
+    def keep(_: int, flow: Flow) -> None:
+        assert flow.boundary is not None
+        inner_T = flow.packing.position > 0  # a document's first token has no predecessor
+        cosines.append(flow.boundary.cosine_T[inner_T].cpu())
+
+    batches = [to_device(packed, config, 0, engine.mesh.device) for packed in batch.micro_batches]
+    offset = 0.0
+    with engine.whole_model() as model:
+        engine.pipeline.forward(batches, keep, until="segmentation")
+        if engine.pipeline.owns_segmentation:
+            own = torch.cat(cosines).numpy()
+            everywhere = engine.mesh.gather_over_data_parallel(own)
+            cosine = torch.cat([torch.from_numpy(part) for part in everywhere])
+            assert isinstance(model, DLCM)
+            model.boundary_detector.calibrate(cosine)
+            offset = float(model.boundary_detector.offset)
+    stage = engine.partition.stage_of("segmentation")
+    return float(engine.mesh.gather_over_pipeline(offset)[stage])
+
+
+class TrainStep:
+    """Runs optimizer steps.
+
+    Args:
+        engine: the engine.
+        config: the run.
+    """
+
+    def __init__(self, engine: TrainingEngine, config: RunConfig) -> None:
+        self.engine = engine
+        self.config = config
+        self.objective: Objective = engine.deepspeed.module.objective
+        self.controller = RatioController(config)
+        parts = engine.partition.parts.values()
+        used = {group_of(part.name) for part in parts if part.is_parameter}
+        self.groups = [group for group in GROUPS if group in used]
+
+    def run(self, batch: StepBatch, state: TrainState) -> StepResult:
+        """Runs one step: forward and backward for each micro-batch, audit, update.
+
+        Args:
+            batch: this replica's share of the global batch.
+            state: counters, which are only read, and averages of the ratio controller.
+
+        Returns:
+            Sums and gradient norms.
+
+        Raises:
+            NonFiniteError: the loss or a gradient is not finite; nothing was applied.
+        """
+        micro_batches = [
+            to_device(packed, self.config, state.step, self.engine.mesh.device)
+            for packed in batch.micro_batches
+        ]
+        totals = self._totals(micro_batches, state)
+        stats = self._gradients(micro_batches, totals)
+        result = self._audit(stats, batch, state)
+        self._steer(result, stats, totals, state)
+        self.engine.clip_gradients(result.grad_norm, self.config.training.max_grad_norm)
+        if not self.engine.step():
+            raise NonFiniteError(self._message("DeepSpeed skipped the step", batch, state))
+        self._track_threshold(stats)
+        return result
+
+    def _gradients(self, micro_batches: list[DeviceBatch], totals: StepTotals) -> StepStats:
+        """Forward and backward passes of this stage; sums where the head is, zeros elsewhere."""
+        stats = self.objective.empty_stats()
+
+        def forward(chunk: Chunk, index: int, flow: Flow) -> Tensor | None:
+            result: ChunkResult = self.engine.deepspeed(chunk, flow, micro_batches[index], totals)
+            if result.stats is not None:
+                stats.add_(result.stats)
+            return result.loss
+
+        self.engine.pipeline.train(micro_batches, forward, self.engine.backward)
+        return stats
+
+    def _totals(self, micro_batches: list[DeviceBatch], state: TrainState) -> StepTotals:
+        mesh = self.engine.mesh
+        counts = torch.tensor(
+            [float(sum(batch.tokens_T.numel() for batch in micro_batches)), 0.0],
+            dtype=torch.float64,
+            device=mesh.device,
+        )
+        previous = state.previous_boundary_fraction
+        if not self.objective.needs_boundary_fraction:
+            fraction = None
+        elif self.config.training.ratio_statistics == "previous_step" and previous is not None:
+            fraction = torch.tensor(previous, dtype=torch.float64)
+        elif len(micro_batches) == 1:  # the forward pass itself will know F
+            fraction = None
+        else:
+            counts[1] = self._count_boundaries(micro_batches)
+            num_tokens, boundaries = mesh.sum_over_data_parallel(counts).tolist()
+            return StepTotals(
+                int(num_tokens), torch.tensor(boundaries / num_tokens, dtype=torch.float64)
+            )
+        return StepTotals(int(mesh.sum_over_data_parallel(counts)[0]), fraction)
+
+    def _count_boundaries(self, micro_batches: list[DeviceBatch]) -> Tensor:
+        """Boundaries of this replica's share, which the draws below will repeat exactly.
+
+        Counted where the detector is and 0 on other stages, which need no F.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=self.engine.mesh.device)
+
+        def count(_: int, flow: Flow) -> None:
+            assert flow.boundary is not None
+            total.add_(flow.boundary.mask_T.sum())
+
+        with self.engine.whole_model():
+            self.engine.pipeline.forward(micro_batches, count, until="segmentation")
+        return total
+
+    def _audit(self, stats: StepStats, batch: StepBatch, state: TrainState) -> StepResult:
+        """Copies sums and gradient norms to the host, once, and stops what is not finite.
+
+        This runs before the optimizer: DeepSpeed's stages update one parameter group after the
+        other, so a hook on the optimizer would see the last group after the first was changed.
+        """
+        mesh = self.engine.mesh
+        squares = self.engine.gradient_square_sums()  # each element counted on one process
+        sums = mesh.sum_over_run(stats.sums)
+        numbers = torch.cat([sums, mesh.sum_everywhere(squares)]).tolist()
+        if stats.prob_histogram is not None:
+            mesh.sum_over_run(stats.prob_histogram)
+        summary = StepSummary.from_sums(numbers[:NUM_SUMS])
+        by_group = dict(zip(GROUPS, numbers[NUM_SUMS:], strict=True))
+        if not math.isfinite(summary.cross_entropy + sum(by_group.values())):
+            groups = [group for group, square in by_group.items() if not math.isfinite(square)]
+            problem = f"loss {summary.loss}, non-finite gradients in {sorted(groups) or 'none'}"
+            raise NonFiniteError(self._message(problem, batch, state))
+        norms = {group: math.sqrt(by_group[group]) for group in self.groups}
+        return StepResult(summary, math.sqrt(sum(by_group.values())), norms)
+
+    def _steer(
+        self, result: StepResult, stats: StepStats, totals: StepTotals, state: TrainState
+    ) -> None:
+        """Sets the rate with which this step's ratio loss moves the boundary detector.
+
+        Every stage computes it, so that their states stay the same.
+        """
+        if not steers_detector(self.config):
+            return
+        used = totals.boundary_fraction
+        fraction = result.summary.boundary_fraction
+        if used is not None and self.config.training.ratio_statistics == "previous_step":
+            fraction = float(used)
+        assert stats.prob_histogram is not None
+        rate = self.controller.step_size(
+            fraction, stats.prob_histogram.cpu(), result.group_grad_norms["boundary"], state
+        )
+        for group in self.engine.optimizer.param_groups:
+            if group["steered"]:
+                group["lr"] = self.controller.adamw_rate(rate, result.grad_norm)
+
+    def _message(self, problem: str, batch: StepBatch, state: TrainState) -> str:
+        own = [sample for packed in batch.micro_batches for sample in packed.sample_ids]
+        everywhere = self.engine.mesh.gather_over_data_parallel(own)
+        samples = [sample for ids in everywhere for sample in ids]
+        digest = global_batch_digest(self.engine, batch)
+        return (
+            f"step {state.step + 1}: {problem}; the update was not applied. "
+            f"Samples {samples[0]}..{samples[-1]} ({len(samples)}), batch digest {digest}"
+        )
+
+    def _track_threshold(self, stats: StepStats) -> None:
+        model = self.engine.model
+        detector = getattr(model, "boundary_detector", None)  # on its stage only
+        if detector is not None and detector.tracks_threshold:
+            assert stats.prob_histogram is not None
+            detector.track_threshold(stats.prob_histogram)

@@ -1,0 +1,92 @@
+"""Joining and leaving the process group of a run."""
+
+from __future__ import annotations
+
+import atexit
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from data_pipeline.errors import InputError
+from megadlcm.config import ParallelConfig
+from megadlcm.parallel.environment import (
+    LaunchEnvironment,
+    adopt_device,
+    announce_address,
+    choose_device,
+    launch_environment,
+    launcher_store,
+)
+from megadlcm.parallel.mesh import ParallelMesh, forget_groups, make_mesh
+from megadlcm.parallel.rendezvous import open_store, wait_for_all
+from megadlcm.parallel.watch.watchdog import start_watch, stop_watch
+
+
+def join_process_group(parallel: ParallelConfig | None = None) -> ParallelMesh:
+    """Joins the run: picks the device, initialises the process group, makes the groups of the axes.
+
+    gloo, or nccl on GPUs. A run of one process makes a group of its own in memory, so that it needs
+    no port and nothing can collide with it. Safe to call again in the same process: groups stay
+    until the process ends, because DeepSpeed remembers them beyond the life of an engine.
+
+    Args:
+        parallel: sizes of the axes; None means that all processes are replicas.
+
+    Returns:
+        Ranks, groups and device of this process.
+
+    Raises:
+        InputError: the launcher's environment is incomplete, or the processes cannot be shared out.
+    """
+    parallel = parallel or ParallelConfig()
+    launch = launch_environment()
+    parallel.data_parallel_size(launch.world_size)
+    device = choose_device(launch.local_rank)
+    adopt_device(launch, device)
+    # the watch ends a process that waits too long, and says for whom; the backend's own timeout,
+    # which names nobody, is only the backstop
+    backstop = timedelta(seconds=1.5 * parallel.collective_timeout_seconds + 60.0)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        _initialize(launch, backend, backstop, parallel.collective_timeout_seconds)
+        atexit.register(leave_process_group)
+    sizes = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+    return make_mesh(launch, device, *sizes, backstop)
+
+
+def _initialize(
+    launch: LaunchEnvironment, backend: str, timeout: timedelta, collective_timeout: float
+) -> None:
+    if launch.world_size == 1:
+        own = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=own, rank=0, world_size=1)
+        return
+    if not launch.master_address:
+        raise InputError(
+            f"environment: MASTER_ADDR is empty with {launch.world_size} processes; "
+            "set it to the host of rank 0"
+        )
+    announce_address(launch)
+    by_rank_0, attempt = launcher_store()
+    place = (launch.master_address, launch.master_port, attempt, by_rank_0, collective_timeout)
+    store = open_store(launch.rank, *place)
+    wait_for_all(store, launch.rank, launch.world_size, collective_timeout)
+    dist.init_process_group(
+        backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout
+    )
+    board = open_store(-1, *place)  # a connection of its own: one that waits would hold the other
+    start_watch(board, launch.rank, launch.world_size, collective_timeout, by_rank_0)
+
+
+def abandon_process_group() -> None:
+    """Lets a process that failed end at once: to leave in order would wait for the others."""
+    stop_watch()  # a thread inside of the store at the end of the interpreter aborts the process
+    atexit.unregister(leave_process_group)
+
+
+def leave_process_group() -> None:
+    """Leaves the process group at the end of the process."""
+    stop_watch()
+    if dist.is_initialized():
+        forget_groups()
+        dist.destroy_process_group()

@@ -1,0 +1,301 @@
+"""What forward keeps for backward, by formula, for each unit of the model. No torch.
+
+Bytes, for T tokens of a micro-batch and M concepts, with these letters: D d_token, C d_concept,
+K width of the keys, F inner width of a feed-forward layer, N heads, H head size, S width of the
+detector, V vocabulary, w bytes of a number of the arithmetic, t tensor parallel size, r = 1/t with
+sequence parallelism and else 1.
+
+A row of a norm keeps w D + 4 where one kernel does it all (a GPU): its input, and a scale in fp32.
+Elsewhere it keeps 8 D + 4: its input and the scaled input in fp32. Its output counts where it is
+used. A block keeps, of each row, with P for what a norm keeps:
+
+| recompute   | bytes of a row                                                    |
+|-------------|-------------------------------------------------------------------|
+| `none`      | 2 r P + 2 w D + (w (2 D + 2 K + 4 F) + 4 N) / t                   |
+| `selective` | w D (r + 2) + (w (2 D + 2 K + 2 F) + 4 N) / t                     |
+| `block`     | r w D                                                             |
+
+`none`: two norms and their outputs, queries, keys, values, what attention made and the logarithms
+of its sums, gate, silu(gate), up and their product. `selective`: the input, and what matrix
+products and attention made. Attention maps are not counted: the kernels keep none.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megadlcm.config import ModelConfig, RunConfig
+from megadlcm.config.model import LEARNED_MODES
+from megadlcm.plan.stages import READER, SEGMENTATION
+
+_FP32, _FP64, _INT64 = 4, 8, 8
+_SMOOTHING_CHUNK = 64
+STACKS = ("encoder", "backbone", "decoder")
+"""Names of the stacks of blocks, which units of blocks begin with."""
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How a run computes; decides what its kernels keep."""
+
+    element: int
+    """Bytes of a number, w."""
+    fused: bool
+    """Whether a norm is one kernel: on a GPU."""
+    kernels: bool
+    """Whether attention runs over all packed documents at once: on a GPU, in half precision."""
+    split: int
+    """Tensor parallel size, t."""
+    rows: float
+    """Share of the rows that a process keeps between layers, r."""
+
+    def norm(self, width: float, groups: float = 1.0) -> float:
+        """Bytes that a norm keeps of a row, without its output, in `groups` of `width` in all."""
+        kept = self.element if self.fused else 2 * _FP32
+        return kept * width + _FP32 * groups
+
+
+def arithmetic_of(config: RunConfig, on_gpu: bool = True) -> Arithmetic:
+    """Finds how a run computes.
+
+    Args:
+        config: the run.
+        on_gpu: whether it runs on a GPU.
+
+    Returns:
+        Its arithmetic.
+    """
+    parallel, half = config.parallel, config.training.precision == "bf16"
+    size = parallel.tensor_parallel_size
+    return Arithmetic(
+        element=element_size(config),
+        fused=on_gpu,
+        kernels=on_gpu and half and config.model.attention_backend != "reference",
+        split=size,
+        rows=1.0 / size if parallel.sequence_parallel else 1.0,
+    )
+
+
+def element_size(config: RunConfig) -> int:
+    """Bytes of one number of the arithmetic."""
+    return 2 if config.training.precision == "bf16" else _FP32
+
+
+def unit_activation_bytes(
+    config: RunConfig, unit: str, num_tokens: float, num_concepts: float, on_gpu: bool = True
+) -> float:
+    """Estimates what the forward pass of one unit keeps for its backward pass.
+
+    Counted with its input, which the unit before it made, and without its output. Without a kernel
+    attention from tokens to concepts keeps a mask, which is counted for documents as long as
+    data.seq_len.
+
+    Args:
+        config: the run.
+        unit: name of the unit.
+        num_tokens: tokens of a micro-batch, T.
+        num_concepts: its concepts, M.
+        on_gpu: whether the run is on a GPU.
+
+    Returns:
+        Bytes on one process.
+    """
+    how, kind = arithmetic_of(config, on_gpu), unit.partition(".")[0]
+    if kind == "token_embedding":
+        # positions; also which tokens belong to this part of the vocabulary, and their places in it
+        return num_tokens * (_INT64 if how.split == 1 else 2 * _INT64 + 1)
+    if kind == SEGMENTATION:
+        return _segmentation(config.model, how, num_tokens, num_concepts)
+    if kind == READER:
+        mask = num_concepts * min(config.data.seq_len, num_tokens)
+        return _reader(config.model, how, num_tokens, num_concepts, mask)
+    if kind == "lm_head":
+        d, w = config.model.d_token, how.element
+        # in fp32 the logarithms of the probabilities, or for parts of the vocabulary distances from
+        # the largest logit and their exponentials
+        loss = _FP32 * min(how.split, 2) * config.model.vocab_size / how.split
+        indices = _INT64 if how.split == 1 else _INT64 + 2 * _FP32 + 1
+        logits = logits_bytes(config, num_tokens)
+        return logits + num_tokens * (how.rows * how.norm(d) + w * d + loss + indices)
+    rows = num_concepts if kind == "backbone" else num_tokens
+    return rows * block_bytes(config.model, how, kind, config.parallel.recompute)
+
+
+def logits_bytes(config: RunConfig, num_tokens: float) -> float:
+    """Logits, which a chunk keeps until its backward pass is over; counted with `lm_head`."""
+    split = config.parallel.tensor_parallel_size
+    return element_size(config) * num_tokens * config.model.vocab_size / split
+
+
+def working_bytes(
+    config: RunConfig, unit: str, num_tokens: float, num_concepts: float, on_gpu: bool = True
+) -> float:
+    """Estimates what the backward pass of one unit has at once, more than forward kept.
+
+    The head: two gradients of the size of the logits, in fp32. A block: gradients of two inner
+    widths and of the residuals, after it made again what it did not keep; with `selective` the
+    kept output of its last product stays, which nothing needs.
+
+    Args:
+        config: the run.
+        unit: name of the unit.
+        num_tokens: tokens of a micro-batch, T.
+        num_concepts: its concepts, M.
+        on_gpu: whether the run is on a GPU.
+
+    Returns:
+        Bytes on one process.
+    """
+    model, how, kind = config.model, arithmetic_of(config, on_gpu), unit.partition(".")[0]
+    d, w, t = model.d_token, how.element, how.split
+    norm = (w if how.fused else 2 * _FP32) * 2  # gradients of a norm for each number
+    if kind == "token_embedding":
+        return num_tokens * w * d
+    if kind == "lm_head":
+        return num_tokens * max(2 * _FP32 * model.vocab_size / t, norm * d)
+    if kind == SEGMENTATION:
+        return num_tokens * _FP32 * 5 * (model.boundary_size or d)
+    if kind == READER:
+        return num_tokens * norm * d + num_concepts * norm * model.d_concept
+    recompute = config.parallel.recompute
+    width, _, f, _, _ = stack_widths(model, kind)
+    of_row = w * (2 * f / t + 2 * width)
+    of_row += block_bytes(model, how, kind, "none") - block_bytes(model, how, kind, recompute)
+    if recompute == "selective":
+        of_row += w * width
+    return of_row * (num_concepts if kind == "backbone" else num_tokens)
+
+
+def rotation_bytes(config: RunConfig, stack: str, num_tokens: float, num_concepts: float) -> float:
+    """Cosines and sines that the neighbouring blocks of a stack keep together.
+
+    Args:
+        config: the run.
+        stack: `encoder`, `backbone` or `decoder`.
+        num_tokens: tokens of a micro-batch, T.
+        num_concepts: its concepts, M.
+
+    Returns:
+        Bytes; 0 for a unit that is not of a stack.
+    """
+    if stack not in STACKS:
+        return 0.0
+    on_concepts = stack == "backbone"
+    rows = num_concepts if on_concepts else num_tokens
+    model = config.model
+    head = model.concept_head_size if on_concepts else model.token_head_size
+    return element_size(config) * rows * head
+
+
+def block_bytes(model: ModelConfig, how: Arithmetic, stack: str, recompute: str) -> float:
+    """Bytes that a block keeps of a row; see the table above.
+
+    Args:
+        model: shape of the model.
+        how: its arithmetic.
+        stack: `encoder`, `backbone` or `decoder`.
+        recompute: `none`, `selective` or `block`.
+
+    Returns:
+        Bytes on one process.
+    """
+    d, kv, f, heads, kv_heads = stack_widths(model, stack)
+    w, t, r = how.element, how.split, how.rows
+    if recompute == "block":
+        return r * w * d
+    inner = (w * (2 * d + 2 * kv + 2 * f) + _FP32 * heads) / t
+    if recompute == "selective":
+        return w * d * (r + 2) + inner
+    inner += w * 2 * f / t
+    if model.self_attention_qk_norm:
+        inner += how.norm(d + kv, heads + kv_heads) / t
+    if not how.kernels:  # documents one after the other, put together
+        inner += w * d / t
+    return 2 * r * how.norm(d) + 2 * w * d + inner
+
+
+def stack_widths(model: ModelConfig, stack: str) -> tuple[int, int, int, int, int]:
+    """D, K, F, heads and key-value heads of the blocks of a stack."""
+    if stack == "backbone":
+        heads, kv_heads = model.concept_heads, model.concept_kv_heads
+        kv = kv_heads * model.concept_head_size
+        return model.d_concept, kv, model.concept_ffn_size, heads, kv_heads
+    heads, kv_heads = model.token_heads, model.token_kv_heads
+    return model.d_token, kv_heads * model.token_head_size, model.token_ffn_size, heads, kv_heads
+
+
+def _segmentation(
+    model: ModelConfig, how: Arithmetic, num_tokens: float, num_concepts: float
+) -> float:
+    """Norm and its output, detector in fp32, means of the segments, indices."""
+    d, w = model.d_token, how.element
+    is_learned = model.boundary_mode in LEARNED_MODES
+    size = (model.boundary_size or d) if is_learned else d
+    # lengths of both vectors, raw and clamped, cosine, probability and decisions
+    detector = 0.0 if model.ratio_loss_detach_hidden and not is_learned else 7.0 * _FP32 + 4
+    if detector:
+        detector += _FP32 * 2 * size  # unit vectors
+        if is_learned:
+            detector += _FP32 * 2 * size  # vectors
+        if w != _FP32:
+            detector += _FP32 * d  # the states in fp32
+    weights = 0.0
+    if is_learned and w != _FP32 and not model.ratio_loss_detach_hidden:
+        weights = _FP32 * 2 * size * d  # in fp32, for the gradient of the states
+    indices = 3 * _INT64 * num_tokens + 7 * _INT64 * num_concepts
+    return (
+        num_tokens * (how.rows * how.norm(d) + w * d + detector)
+        + num_concepts * w * d
+        + weights
+        + indices
+    )
+
+
+def _reader(
+    model: ModelConfig, how: Arithmetic, num_tokens: float, num_concepts: float, mask: float
+) -> float:
+    """Norm of the backbone, smoothing, two norms, queries, keys, values, attention.
+
+    The token states are the segmentation's and not counted again.
+    """
+    d, c, w, t = model.d_token, model.d_concept, how.element, how.split
+    _, kv, _, heads, kv_heads = stack_widths(model, "decoder")
+    rotation = w * model.token_head_size if model.cross_attention_rope else 0
+    of_token = how.norm(d) + rotation  # its output, less its input, which is counted already
+    of_token += (how.norm(d, heads) + _FP32 * heads) / t
+    of_concept = (
+        how.rows * how.norm(c) + how.norm(c) + w * c + rotation + how.norm(kv, kv_heads) / t
+    )
+    if model.boundary_mode == "ema_ste":
+        of_token += w * d + _FP32
+    smoothing = _smoothing(model, how, num_concepts)
+    if how.kernels and model.concept_weighting == "count":
+        # queries, what attention made, keys and values of each token's concept
+        of_token += 2 * w * (d + kv) / t
+        return num_tokens * of_token + num_concepts * of_concept + smoothing
+    wide = _FP32 if model.concept_weighting == "count" else w
+    of_token += (2 * wide * d + w * d) / t
+    of_concept += 2 * wide * kv / t
+    return num_tokens * of_token + num_concepts * of_concept + smoothing + wide * mask
+
+
+def _smoothing(model: ModelConfig, how: Arithmetic, num_concepts: float) -> float:
+    """The small matrices that smooth a chunk of concepts, and the chunks of chunks."""
+    if model.smoothing == "none" or model.boundary_mode == "fixed":
+        return 0.0
+    rows, c, trains_weights = num_concepts, model.d_concept, model.boundary_mode == "ema_ste"
+    kept = num_concepts * (_FP32 + (_FP32 * (c + 1) + 1 if trains_weights else 0))
+    while True:
+        num_chunks = math.ceil(rows / _SMOOTHING_CHUNK)
+        filled = num_chunks * _SMOOTHING_CHUNK
+        kept += _FP32 * _SMOOTHING_CHUNK * filled
+        if trains_weights:  # also what they are multiplied with, and their products in fp64
+            kept += filled * (_FP32 * c + (_FP64 + 1) * (_SMOOTHING_CHUNK + 1))
+            kept += num_chunks * (_FP32 * c + _FP64) if num_chunks > 1 else 0
+        if how.element == _FP32 and rows == num_concepts:  # the result is kept with its filling
+            kept += _FP32 * c * (filled - num_concepts)
+        if num_chunks == 1:
+            return kept
+        kept += _FP32 * filled
+        rows = num_chunks

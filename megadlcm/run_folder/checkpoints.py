@@ -1,0 +1,219 @@
+"""Checkpoint folders that are complete or not there: commit, verify, find, prune. Files only.
+
+    checkpoints/step_0000000100/    model.safetensors, optimizer.safetensors, state.json,
+                                    manifest.json
+    checkpoints/latest              name of the newest folder, for people; resuming ignores it
+
+A folder is written as `step_0000000100.tmp`; every file is fsynced, `manifest.json` (size and
+SHA-256 of each file) is written last, then the folder gets its name and its parent is fsynced.
+Whatever is killed, whenever: a folder whose manifest fits is complete, every other is passed over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import InputError
+from data_pipeline.output_folder import sync_path, write_durably
+from megadlcm.run_folder import files
+
+logger = logging.getLogger(__name__)
+
+_STEP_NAME = re.compile(r"step_(\d{10})")
+_UNFINISHED = re.compile(r"step_\d{10}\.(tmp|old)")
+_CHUNK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder and whether it can be trusted."""
+
+    path: Path
+    """The folder."""
+    step: int
+    """Completed optimizer steps."""
+    problem: str
+    """What is wrong with it; empty for a complete, verified checkpoint."""
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, as hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def commit(root: Path, step: int, writers: Mapping[str, Callable[[Path], None]]) -> Path:
+    """Writes a checkpoint folder so that it is complete as soon as it has its name.
+
+    Args:
+        root: the folder `checkpoints`.
+        step: completed optimizer steps.
+        writers: for each file name, a function that writes the file at the path it is given.
+
+    Returns:
+        The committed folder.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    final = root / files.step_name(step)
+    building = final.with_name(final.name + ".tmp")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir()
+    entries = {}
+    for name, write in writers.items():
+        path = building / name
+        write(path)
+        sync_path(path)
+        entries[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    manifest = json.dumps({"step": step, "files": entries}, indent=1)
+    write_durably(building / files.MANIFEST, manifest.encode())
+    if final.exists():  # an earlier attempt that was passed over; its name is needed now
+        old = final.with_name(final.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        final.replace(old)
+        building.replace(final)
+        sync_path(root)
+        shutil.rmtree(old)
+    else:
+        building.replace(final)
+        sync_path(root)
+    write_durably(root / files.LATEST, f"{final.name}\n".encode())
+    return final
+
+
+def find_problem(folder: Path) -> str:
+    """Says what is wrong with a checkpoint folder; empty if every file is as the manifest says."""
+    manifest_path = folder / files.MANIFEST
+    if not manifest_path.is_file():
+        return f"{files.MANIFEST} is missing (the checkpoint was never committed)"
+    try:
+        entries = json.loads(manifest_path.read_text(encoding="utf-8"))["files"]
+        expected = {name: (int(entry["bytes"]), entry["sha256"]) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError) as error:
+        return f"{files.MANIFEST} cannot be read ({error})"
+    for name, (num_bytes, sha256) in expected.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != num_bytes:
+            return f"{name} has {path.stat().st_size} bytes, the manifest says {num_bytes}"
+        if sha256_of(path) != sha256:
+            return f"{name} has another SHA-256 than the manifest says"
+    return ""
+
+
+def list_steps(root: Path) -> list[tuple[int, Path]]:
+    """Lists the checkpoint folders of a run, newest first, without reading them."""
+    if not root.is_dir():
+        return []
+    found = []
+    for path in root.iterdir():
+        match = _STEP_NAME.fullmatch(path.name)
+        if match and path.is_dir():
+            found.append((int(match.group(1)), path))
+    return sorted(found, reverse=True)
+
+
+def verify_all(root: Path) -> list[Checkpoint]:
+    """Verifies every checkpoint folder of a run, newest first."""
+    return [Checkpoint(path, step, find_problem(path)) for step, path in list_steps(root)]
+
+
+def newest_verified(root: Path) -> Checkpoint | None:
+    """Finds the newest complete, verified checkpoint; damaged ones are named in the log.
+
+    Args:
+        root: the folder `checkpoints`.
+
+    Returns:
+        The checkpoint, or None if there is none.
+    """
+    for step, path in list_steps(root):
+        problem = find_problem(path)
+        if not problem:
+            return Checkpoint(path, step, "")
+        logger.warning("passed over damaged checkpoint %s: %s", path, problem)
+    return None
+
+
+def remove_unfinished(root: Path) -> None:
+    """Removes what a killed save left behind."""
+    if not root.is_dir():
+        return
+    for path in root.iterdir():
+        if _UNFINISHED.fullmatch(path.name):
+            logger.warning("removed unfinished checkpoint %s", path)
+            shutil.rmtree(path)
+
+
+def prune(root: Path, keep: int, newest_good: Path) -> None:
+    """Removes all but the newest checkpoints.
+
+    Args:
+        root: the folder `checkpoints`.
+        keep: how many stay; 0 keeps all.
+        newest_good: a checkpoint known to be complete, which stays whatever its age. Folders newer
+            than it do not count as kept: they may be damaged.
+    """
+    if keep == 0:
+        return
+    older = [(step, path) for step, path in list_steps(root) if path.name <= newest_good.name]
+    for _, path in older[keep:]:
+        if path == newest_good:
+            continue
+        doomed = path.with_name(path.name + ".old")
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.replace(doomed)  # a removal that is killed half-way must not look like damage
+        shutil.rmtree(doomed)
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """Reads `state.json` of a checkpoint folder."""
+    description: dict[str, Any] = json.loads((path / files.STATE).read_text(encoding="utf-8"))
+    return description
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """Finds the checkpoint that a path means.
+
+    Args:
+        path: a run folder (its newest complete checkpoint), or a checkpoint folder.
+
+    Returns:
+        A complete, verified checkpoint folder.
+
+    Raises:
+        InputError: there is none, or the named one is damaged.
+    """
+    path = Path(path)
+    if (path / files.CHECKPOINTS).is_dir():
+        return _newest_good(path / files.CHECKPOINTS)
+    if not path.is_dir():
+        raise InputError(f"{path} is not a folder; name a run folder or a checkpoint folder")
+    problem = find_problem(path)
+    if problem:
+        raise InputError(f"checkpoint {path}: {problem}; name another checkpoint of the run")
+    return path
+
+
+def _newest_good(root: Path) -> Path:
+    damaged: list[str] = []
+    for _, folder in list_steps(root):
+        problem = find_problem(folder)
+        if not problem:
+            for passed_over in damaged:
+                logger.warning("passed over damaged checkpoint %s", passed_over)
+            return folder
+        damaged.append(f"{folder}: {problem}")
+    why = f" ({'; '.join(damaged)})" if damaged else ""
+    raise InputError(f"{root} holds no complete checkpoint{why}; name a run that saved one")

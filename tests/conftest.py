@@ -1,0 +1,62 @@
+"""A tiny corpus, configs that train on it, and a small run as a YAML file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megadlcm.config import RunConfig
+from tests.support.tiny_runs import tiny_run, write_corpus
+
+RUN = """\
+name: small
+seed: 3
+output_dir: runs/small
+model:
+  vocab_size: 512
+  d_token: 32
+  d_concept: 64
+  encoder_layers: 1
+  backbone_layers: 2
+  decoder_layers: 1
+  token_heads: 4
+  token_kv_heads: 2
+  concept_heads: 4
+  concept_kv_heads: 2
+  token_ffn_size: 64
+  concept_ffn_size: 128
+data:
+  train: [{path: shards/web, weight: 2, name: web}]
+  seq_len: 128
+training:
+  train_steps: 10
+  global_batch_size: 8
+  micro_batch_size: 2
+"""
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the shard folders `train`, `valid` and `short`."""
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def make_run(corpus: Path, tmp_path: Path) -> Callable[..., RunConfig]:
+    """Function(output name, **sections) -> config of a tiny run."""
+
+    def make(output: str = "run", **sections: Any) -> RunConfig:
+        return tiny_run(corpus, tmp_path / output, **sections)
+
+    return make
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    """A small run, which tests change by overrides."""
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN, encoding="utf-8")
+    return path
