@@ -7,7 +7,16 @@ class InputError(ValueError):
     """Says in one line which key has which value, the rule it breaks, and the way out.
 
     The command line prints `error: <message>` and exits with 2; it shows no traceback.
+
+    Args:
+        message: the line.
+        key: what the user would change: a dotted key of the config, or an option such as
+            `--workers`; empty where it is neither.
     """
+
+    def __init__(self, message: str, *, key: str = "") -> None:
+        super().__init__(message)
+        self.key = key
 
 
 class DamagedDataError(InputError):
