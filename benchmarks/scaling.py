@@ -28,7 +28,7 @@ from megadlcm.engine.step import TrainStep
 from megadlcm.parallel.partition import build_stage_model
 from megadlcm.parallel.process_group import join_process_group
 from megadlcm.plan.layout import Hardware, plan_layout
-from megadlcm.training.pretrain import open_loader
+from megadlcm.training.replica_loader import open_loader
 
 # tensor, pipeline, placement, sequence_parallel, for each number of processes
 LAYOUTS: dict[int, list[tuple[int, int, str, bool]]] = {

@@ -18,7 +18,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from data_pipeline.errors import InputError
-from data_pipeline.reading.phases import Phase, next_phases
+from data_pipeline.reading.phases import Phase, first_phase, next_phases
 from megadlcm.config import RunConfig, config_to_dict
 from megadlcm.engine import masters
 from megadlcm.engine.engine import TrainingEngine
@@ -118,6 +118,18 @@ def resume(engine: TrainingEngine, config: RunConfig) -> TrainState | None:
     state.data_phases = phases
     logger.info("resumed from %s (step %d, start %d)", path, state.step, state.restart_count + 1)
     return state
+
+
+def fresh_state(config: RunConfig) -> TrainState:
+    """Returns the counters of a run that has not begun.
+
+    Args:
+        config: the run; the indexes of its train sources are read.
+
+    Returns:
+        The counters; the data is in its first phase.
+    """
+    return TrainState(data_phases=[first_phase(config.data).to_dict()])
 
 
 def check_continuable(

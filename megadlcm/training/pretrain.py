@@ -12,34 +12,26 @@ import torch
 
 from data_pipeline.errors import InputError, StorageError
 from data_pipeline.output_folder import make_output_folder
-from data_pipeline.reading.loader import StepLoader
-from data_pipeline.reading.phases import Phase, first_phase
-from data_pipeline.reading.samples import SampleReader
-from data_pipeline.reading.sources import SourceSummary, open_sources
-from megadlcm.checkpoint.save_and_resume import resume
+from data_pipeline.reading.sources import SourceSummary
+from megadlcm.checkpoint.save_and_resume import fresh_state, resume
 from megadlcm.config import RunConfig
 from megadlcm.engine.engine import build_engine
-from megadlcm.engine.state import TrainState
 from megadlcm.engine.step import NonFiniteError
-from megadlcm.model.language_model import attention_backend
-from megadlcm.parallel.environment import choose_device, launch_environment
+from megadlcm.parallel.environment import launch_environment
 from megadlcm.parallel.mesh import ParallelMesh
 from megadlcm.parallel.partition import build_stage_model, make_partition
 from megadlcm.parallel.process_group import abandon_process_group, join_process_group
 from megadlcm.parallel.rendezvous import MissingRanksError
 from megadlcm.parallel.watch.watchdog import doing, report_failure
-from megadlcm.plan.stages import cut_chunks
-from megadlcm.run_folder import files
 from megadlcm.run_folder.start import prepare_run_folder
-from megadlcm.training.agreement import check_agreement
+from megadlcm.training.checks import check_agreement, check_launch, check_training_sources
+from megadlcm.training.logs import rank_log
 from megadlcm.training.metrics import MetricsWriter
-from megadlcm.training.replica_loader import ReplicaLoader
+from megadlcm.training.replica_loader import open_loader
 from megadlcm.training.skipped import SkippedRecord, damaged_shards
 from megadlcm.training.trainer import Trainer, TrainingData
 
 logger = logging.getLogger(__name__)
-
-_LOGGERS = ("megadlcm", "data_pipeline")
 
 
 def run(config: RunConfig) -> int:
@@ -65,36 +57,37 @@ def run(config: RunConfig) -> int:
     except MissingRanksError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    handler = configure_logging(config, mesh)
-    try:
-        check_agreement(config, sources.fingerprints, mesh)
-        damaged = damaged if alone else damaged_shards(config, mesh)
-        with open_trainer(config, mesh, sources) as trainer:
-            trainer.data.skipped.note_shards(damaged)
-            _announce(trainer, sources.train_tokens)
-            trainer.fit()
-        return 0
-    except (NonFiniteError, StorageError) as error:
-        _leave_others(error)
-        logger.error("%s", error)
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except InputError as error:
-        _leave_others(error)
-        logger.error("%s", error)
-        raise
-    except Exception as error:
+    with rank_log(config, mesh):
+        try:
+            check_agreement(config, sources.fingerprints, mesh)
+            damaged = damaged if alone else damaged_shards(config, mesh)
+            with open_trainer(config, mesh, sources) as trainer:
+                trainer.data.skipped.note_shards(damaged)
+                _announce(trainer, sources.train_tokens)
+                trainer.fit()
+            return 0
+        except Exception as error:
+            return _exit_code(error)
+
+
+def _exit_code(error: Exception) -> int:
+    """Says why the run ends, to this process's log and to the others, who may be the cause.
+
+    Raises:
+        Exception: the error itself, where the command line has more to say of it.
+    """
+    is_plain = isinstance(error, NonFiniteError | StorageError | InputError)
+    if not is_plain:
         logger.exception("the run failed")
-        explained = _leave_others(error)
-        if explained is None:
-            raise
+    explained = _leave_others(error)
+    if is_plain:
+        explained = str(error)
+    if explained is not None:
         logger.error("%s", explained)
-        print(f"error: {explained}", file=sys.stderr)
-        return 1
-    finally:
-        for name in _LOGGERS:
-            logging.getLogger(name).removeHandler(handler)
-        handler.close()
+    if explained is None or isinstance(error, InputError):
+        raise error
+    print(f"error: {explained}", file=sys.stderr)
+    return 1
 
 
 def _leave_others(error: Exception) -> str | None:
@@ -102,53 +95,6 @@ def _leave_others(error: Exception) -> str | None:
     explained = report_failure(error)
     abandon_process_group()
     return explained
-
-
-def fresh_state(config: RunConfig) -> TrainState:
-    """Returns the counters of a run that has not begun.
-
-    Args:
-        config: the run; the indexes of its train sources are read.
-
-    Returns:
-        The counters; the data is in its first phase.
-    """
-    return TrainState(data_phases=[first_phase(config.data).to_dict()])
-
-
-def open_loader(
-    config: RunConfig, mesh: ParallelMesh, state: TrainState | None = None
-) -> ReplicaLoader:
-    """Opens this process's part of the data.
-
-    Args:
-        config: the run.
-        mesh: ranks of this process.
-        state: where the run stands; None: at its beginning.
-
-    Returns:
-        The loader; to be closed.
-    """
-    state = state or TrainState()
-    parallel, loader = config.parallel, None
-    if mesh.reads_data:
-        phase = Phase.from_dict(state.data_phases[-1]) if state.data_phases else None
-        loader = StepLoader(
-            config.data,
-            global_batch_size=config.training.global_batch_size,
-            micro_batch_size=config.training.micro_batch_size,
-            data_parallel_rank=mesh.data_parallel_rank,
-            data_parallel_size=mesh.data_parallel_size,
-            start_sample=state.consumed_samples,
-            reader=SampleReader(config.data, phase=phase),
-        )
-    chunks = cut_chunks(
-        config.model,
-        config.data.seq_len,
-        parallel.pipeline_parallel_size,
-        parallel.pipeline_placement,
-    )
-    return ReplicaLoader(loader, mesh, config.data.seq_len, chunks[0].stage, chunks[-1].stage)
 
 
 @contextlib.contextmanager
@@ -213,66 +159,3 @@ def _announce(trainer: Trainer, epoch_tokens: int) -> None:
     )
     if step >= trainer.train_steps:
         trainer.progress.say("nothing is left to train; raise training.train_steps to go on")
-
-
-def check_training_sources(config: RunConfig) -> SourceSummary:
-    """Opens every shard index of the run before anything is built.
-
-    Args:
-        config: the run.
-
-    Returns:
-        Their tokenizer, and how much there is to train on.
-
-    Raises:
-        InputError: no training source, or one that is missing, damaged or unfit for the model.
-    """
-    if not config.data.train:
-        raise InputError(
-            "data.train = [] has no source; give at least one, as in "
-            '"data.train=[{path: SHARD_FOLDER}]"'
-        )
-    return open_sources(config.data, config.model.vocab_size)
-
-
-def check_launch(config: RunConfig) -> None:
-    """Checks that this process and its launcher can run the config, before it waits for others.
-
-    Args:
-        config: the run.
-
-    Raises:
-        InputError: a global batch that the processes cannot share, a device that is not there, or
-            an attention back-end that cannot run on it.
-    """
-    launch = launch_environment()
-    replicas = config.parallel.data_parallel_size(launch.world_size)
-    config.training.gradient_accumulation_steps(replicas)
-    device = choose_device(launch.local_rank)
-    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-    try:
-        attention_backend(config.model, device, dtype)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-
-
-def configure_logging(config: RunConfig, mesh: ParallelMesh) -> logging.Handler:
-    """Sends the log of this process to its file in the run folder.
-
-    Args:
-        config: the run.
-        mesh: ranks of the run.
-
-    Returns:
-        The handler, for removal at the end.
-    """
-    folder = Path(config.output_dir) / files.LOGS
-    folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / files.rank_log(mesh.rank), encoding="utf-8")
-    handler.setFormatter(
-        logging.Formatter(f"%(asctime)s rank {mesh.rank} %(levelname)s %(name)s: %(message)s")
-    )
-    for name in _LOGGERS:
-        logging.getLogger(name).setLevel(logging.INFO)
-        logging.getLogger(name).addHandler(handler)
-    return handler

@@ -19,8 +19,13 @@ import torch.distributed as dist
 from data_pipeline.reading.batch import PackedBatch, Skipped, StepBatch
 from data_pipeline.reading.loader import StepLoader
 from data_pipeline.reading.packing import token_index
+from data_pipeline.reading.phases import Phase
+from data_pipeline.reading.samples import SampleReader
+from megadlcm.config import RunConfig
+from megadlcm.engine.state import TrainState
 from megadlcm.parallel.mesh import ParallelMesh
 from megadlcm.parallel.watch.watchdog import doing
+from megadlcm.plan.stages import cut_chunks
 
 ABSENT = -1
 """Stands for every token on a stage that needs none: an embedding or a loss would refuse it."""
@@ -141,6 +146,41 @@ class ReplicaLoader(Iterator[StepBatch]):
                 values, src=self._data_rank, group=self._group, device=torch.device("cpu")
             )
         return values[0]
+
+
+def open_loader(
+    config: RunConfig, mesh: ParallelMesh, state: TrainState | None = None
+) -> ReplicaLoader:
+    """Opens this process's part of the data.
+
+    Args:
+        config: the run.
+        mesh: ranks of this process.
+        state: where the run stands; None: at its beginning.
+
+    Returns:
+        The loader; to be closed.
+    """
+    state = state or TrainState()
+    parallel, loader = config.parallel, None
+    if mesh.reads_data:
+        phase = Phase.from_dict(state.data_phases[-1]) if state.data_phases else None
+        loader = StepLoader(
+            config.data,
+            global_batch_size=config.training.global_batch_size,
+            micro_batch_size=config.training.micro_batch_size,
+            data_parallel_rank=mesh.data_parallel_rank,
+            data_parallel_size=mesh.data_parallel_size,
+            start_sample=state.consumed_samples,
+            reader=SampleReader(config.data, phase=phase),
+        )
+    chunks = cut_chunks(
+        config.model,
+        config.data.seq_len,
+        parallel.pipeline_parallel_size,
+        parallel.pipeline_placement,
+    )
+    return ReplicaLoader(loader, mesh, config.data.seq_len, chunks[0].stage, chunks[-1].stage)
 
 
 def _replica_ranks(mesh: ParallelMesh) -> list[tuple[int, int]]:

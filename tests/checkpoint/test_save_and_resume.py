@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import InputError
-from megadlcm.checkpoint.save_and_resume import resume, save_checkpoint
+from megadlcm.checkpoint.save_and_resume import fresh_state, resume, save_checkpoint
 from megadlcm.config import RunConfig
 from megadlcm.engine import masters as tensors
 from megadlcm.engine.engine import TrainingEngine
@@ -23,7 +23,6 @@ from megadlcm.model import DLCM
 from megadlcm.run_folder import files
 from megadlcm.run_folder.checkpoints import find_checkpoint
 from megadlcm.training.checkpoint import load_model
-from megadlcm.training.pretrain import fresh_state
 from tests.support.checkpoints import load_tensors
 from tests.support.layouts import LayoutStep, run_steps
 from tests.support.tiny_runs import tiny_engine

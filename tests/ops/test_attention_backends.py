@@ -13,6 +13,7 @@ from megadlcm.model.language_model import attention_backend
 from megadlcm.ops import attention
 from megadlcm.ops.attention import choose_backend
 from megadlcm.training import pretrain
+from megadlcm.training.checks import check_launch
 from tests.support.tiny_models import tiny_config
 from tests.support.tiny_runs import tiny_run
 
@@ -159,6 +160,6 @@ def test_a_run_with_a_kernel_that_cannot_run_ends_before_it_starts(
         for backend in ("varlen", "auto")
     )
     with pytest.raises(InputError) as error:
-        pretrain.check_launch(kernel)
+        check_launch(kernel)
     assert reason in str(error.value) and "\n" not in str(error.value)
-    pretrain.check_launch(auto)
+    check_launch(auto)

@@ -15,7 +15,7 @@ from megadlcm.parallel.partition import cut_dimension, make_partition
 from megadlcm.plan.accounting import count_parameters
 from megadlcm.plan.memory import HeldChunk, activation_bytes, estimate_memory, whole_parameters
 from megadlcm.plan.stages import cut_chunks, model_units
-from megadlcm.training.pretrain import open_loader
+from megadlcm.training.replica_loader import open_loader
 from tests.support.distributed import run_distributed
 from tests.support.tiny_runs import tiny_engine, tiny_run, write_corpus
 

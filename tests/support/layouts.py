@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megadlcm.checkpoint.save_and_resume import resume, save_checkpoint
+from megadlcm.checkpoint.save_and_resume import fresh_state, resume, save_checkpoint
 from megadlcm.config import RunConfig
 from megadlcm.engine import engine as engine_module
 from megadlcm.engine import masters as tensors
@@ -30,6 +30,8 @@ from megadlcm.model.chunking import BoundaryOutput
 from megadlcm.ops.packing import Packing
 from megadlcm.parallel.process_group import join_process_group
 from megadlcm.training import pretrain
+from megadlcm.training.checks import check_training_sources
+from megadlcm.training.replica_loader import open_loader
 from tests.support.tiny_runs import tiny_engine
 
 SAVED_STEPS = 2
@@ -62,7 +64,7 @@ def run_steps(
 ) -> list[LayoutStep]:
     """Runs steps as the trainer does, apart from schedule and calibration."""
     step, steps = TrainStep(engine, config), []
-    with contextlib.closing(pretrain.open_loader(config, engine.mesh, state)) as loader:
+    with contextlib.closing(open_loader(config, engine.mesh, state)) as loader:
         for _ in range(count):
             batch = next(loader)
             result = step.run(batch, state)
@@ -167,7 +169,7 @@ def bad_loss_on_the_last_rank(config: RunConfig) -> tuple[str, list[str]]:
 
 def save_and_go_on(config: RunConfig) -> LayoutStep:
     """Saves a checkpoint after `SAVED_STEPS` steps; the step after it, uninterrupted."""
-    engine, state = tiny_engine(config), pretrain.fresh_state(config)
+    engine, state = tiny_engine(config), fresh_state(config)
     run_steps(engine, config, state, SAVED_STEPS)
     save_checkpoint(engine, config, state)
     return run_steps(engine, config, state, 1)[0]
@@ -186,7 +188,7 @@ def start_again(config: RunConfig) -> Start:
 def evaluation_row(config: RunConfig) -> dict[str, Any]:
     """The evaluation of the fresh model of a run."""
     engine = tiny_engine(config)
-    eos_id = pretrain.check_training_sources(config).tokenizer.eos_id
+    eos_id = check_training_sources(config).tokenizer.eos_id
     evaluator = Evaluator(config, engine.mesh, eos_id)
     with engine.whole_model() as model:
         return evaluator.run(model, engine.pipeline.outputs)

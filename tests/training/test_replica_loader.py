@@ -19,8 +19,7 @@ from data_pipeline.reading.loader import StepLoader
 from megadlcm.config import RunConfig
 from megadlcm.parallel.process_group import join_process_group
 from megadlcm.parallel.watch import watchdog as liveness
-from megadlcm.training.pretrain import open_loader
-from megadlcm.training.replica_loader import ABSENT, ReplicaLoader
+from megadlcm.training.replica_loader import ABSENT, ReplicaLoader, open_loader
 from tests.support.distributed import run_distributed
 
 MakeRun = Callable[..., RunConfig]

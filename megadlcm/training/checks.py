@@ -1,7 +1,8 @@
-"""Do all processes of a run train the same run? Each has read config and indexes by itself.
+"""What must hold before the first step, so that wrong input costs no step.
 
-Nothing later would notice: with other shards or another seed on one node, every process trains on
-sound samples, and the run is none that anybody asked for.
+The last check is between processes. Each has read config and indexes by itself, and nothing later
+would notice: with other shards or another seed on one node, every process trains on sound samples,
+and the run is none that anybody asked for.
 """
 
 from __future__ import annotations
@@ -9,14 +10,61 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from data_pipeline.errors import InputError
+from data_pipeline.reading.sources import SourceSummary, open_sources
 from megadlcm.config import RunConfig, config_to_dict
+from megadlcm.model.language_model import attention_backend
+from megadlcm.parallel.environment import choose_device, launch_environment
 from megadlcm.parallel.mesh import ParallelMesh
 
 # where things lie may differ from node to node
 _OWN_KEYS = ("output_dir", "data.cache_dir", "data.tokenizer")
 _SHOWN = 12
 """Characters of a fingerprint that tell two apart."""
+
+
+def check_training_sources(config: RunConfig) -> SourceSummary:
+    """Opens every shard index of the run before anything is built.
+
+    Args:
+        config: the run.
+
+    Returns:
+        Their tokenizer, and how much there is to train on.
+
+    Raises:
+        InputError: no training source, or one that is missing, damaged or unfit for the model.
+    """
+    if not config.data.train:
+        raise InputError(
+            "data.train = [] has no source; give at least one, as in "
+            '"data.train=[{path: SHARD_FOLDER}]"',
+            key="data.train",
+        )
+    return open_sources(config.data, config.model.vocab_size)
+
+
+def check_launch(config: RunConfig) -> None:
+    """Checks that this process and its launcher can run the config, before it waits for others.
+
+    Args:
+        config: the run.
+
+    Raises:
+        InputError: a global batch that the processes cannot share, a device that is not there, or
+            an attention back-end that cannot run on it.
+    """
+    launch = launch_environment()
+    replicas = config.parallel.data_parallel_size(launch.world_size)
+    config.training.gradient_accumulation_steps(replicas)
+    device = choose_device(launch.local_rank)
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    try:
+        attention_backend(config.model, device, dtype)
+    except ValueError as error:
+        raise InputError(str(error), key="model.attention_backend") from error
 
 
 def check_agreement(config: RunConfig, fingerprints: Sequence[str], mesh: ParallelMesh) -> None:

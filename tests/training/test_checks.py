@@ -14,7 +14,7 @@ from data_pipeline.reading.sources import open_sources
 from megadlcm.config import RunConfig, config_keys
 from megadlcm.parallel.process_group import join_process_group
 from megadlcm.training import pretrain
-from megadlcm.training.agreement import _difference, _facts, check_agreement
+from megadlcm.training.checks import _difference, _facts, check_agreement
 from tests.support.distributed import run_distributed
 
 MakeRun = Callable[..., RunConfig]
