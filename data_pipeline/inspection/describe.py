@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from data_pipeline.shard_format.index import DomainCounts, ShardIndex
 from data_pipeline.storage.files import Storage
-
-_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
-"""Categories of characters that a terminal obeys or does not show, joiners and marks included."""
+from data_pipeline.tables import render_table
 
 
 def domain_table(domains: Mapping[str, DomainCounts]) -> str:
@@ -26,7 +23,7 @@ def domain_table(domains: Mapping[str, DomainCounts]) -> str:
         )
         for name, counts in [*sorted(domains.items()), ("all", total)]
     ]
-    return text_table(("domain", "documents", "tokens", "bytes", "bytes/token", "share"), rows)
+    return render_table(("domain", "documents", "tokens", "bytes", "bytes/token", "share"), rows)
 
 
 def describe(index: ShardIndex) -> str:
@@ -43,8 +40,7 @@ def describe(index: ShardIndex) -> str:
         ("", f"sha256 {index.tokenizer_sha256}"),
         ("fingerprint", index.fingerprint),
     ]
-    lines = [f"{name:<13}{value}" for name, value in facts]
-    return "\n".join([*lines, "", domain_table(index.domains)])
+    return f"{render_table((), facts, left=(0, 1))}\n\n{domain_table(index.domains)}"
 
 
 def shard_table(index: ShardIndex) -> str:
@@ -59,38 +55,10 @@ def shard_table(index: ShardIndex) -> str:
         )
         for shard in index.shards
     ]
-    return text_table(("shard", "documents", "tokens", "bytes", "tar bytes"), rows)
+    return render_table(("shard", "documents", "tokens", "bytes", "tar bytes"), rows)
 
 
 def shard_urls(index: ShardIndex, storage: Storage) -> Iterator[str]:
     """Yields where each tar file is, as stock webdataset takes it."""
     for shard in index.shards:
         yield storage.path(shard.tar_name)
-
-
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns rows in columns, the first to the left and numbers to the right."""
-    shown = [header, *([printable(cell) for cell in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in shown
-    )
-
-
-def printable(text: str, kept: str = "") -> str:
-    """Returns a text whose characters a terminal shows and does not obey.
-
-    Args:
-        text: from anywhere.
-        kept: control characters that may stay.
-    """
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(
-        "\ufffd" if unicodedata.category(each) in _UNSEEN and each not in kept else each
-        for each in text
-    )

@@ -9,11 +9,11 @@ import numpy as np
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DamagedDataError, InputError
-from data_pipeline.inspection.describe import printable
 from data_pipeline.reading.mixture import Mixture, source_quotas
 from data_pipeline.reading.order import Stretch
 from data_pipeline.reading.samples import SourceReader
 from data_pipeline.reading.sources import read_tokenizer
+from data_pipeline.tables import printable
 from data_pipeline.tokenizer import Tokenizer
 
 _KEPT = "\n\t"

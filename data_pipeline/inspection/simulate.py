@@ -10,12 +10,12 @@ import numpy as np
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import InputError
-from data_pipeline.inspection.describe import text_table
 from data_pipeline.inspection.played import BlockCost, PlayedSource
 from data_pipeline.reading.mixture import Mixture, source_quotas
 from data_pipeline.reading.order import KEPT_SHARDS
 from data_pipeline.shard_format.index import read_index
 from data_pipeline.storage.files import open_storage
+from data_pipeline.tables import render_table
 
 MOST_SAMPLES = 10_000_000
 """Samples in one simulation; about 200 bytes of memory each."""
@@ -268,8 +268,7 @@ def render_simulation(found: Simulation, data: DataConfig, shape: RunShape) -> s
                 "lower data.shuffle_block or prepare larger shards"
             )
             facts.append(("slow", advice))
-    lines = [f"{name:<15}{value}" for name, value in facts]
-    return "\n".join([_source_table(found.sources), "", *lines])
+    return f"{_source_table(found.sources)}\n\n{render_table((), facts, left=(0, 1))}"
 
 
 def _source_table(sources: Sequence[SourceFigures]) -> str:
@@ -285,4 +284,4 @@ def _source_table(sources: Sequence[SourceFigures]) -> str:
         "block bytes": [f"{source.block.tar_bytes:,}" for source in sources],
     }
     labels = [source.label for source in sources]
-    return text_table(("source", *columns), list(zip(labels, *columns.values(), strict=True)))
+    return render_table(("source", *columns), list(zip(labels, *columns.values(), strict=True)))

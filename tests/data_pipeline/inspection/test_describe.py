@@ -11,14 +11,7 @@ import numpy as np
 from data_pipeline import read_index
 from data_pipeline.commands.data import add_data_parser
 from data_pipeline.config import SourceConfig
-from data_pipeline.inspection.describe import (
-    describe,
-    domain_table,
-    printable,
-    shard_table,
-    shard_urls,
-    text_table,
-)
+from data_pipeline.inspection.describe import describe, domain_table, shard_table, shard_urls
 from data_pipeline.shard_format.index import DomainCounts
 from data_pipeline.storage.files import open_storage
 
@@ -68,16 +61,6 @@ def test_urls_are_where_the_shards_lie(make_numbered: MakeNumbered) -> None:
     assert len(paths) == len(index.shards) and all(Path(path).is_file() for path in paths)
     urls = list(shard_urls(index, open_storage("memory://bucket/mix")))
     assert urls[0] == "memory://bucket/mix/shard-000000.tar"
-
-
-def test_a_name_cannot_forge_a_row() -> None:
-    """Domains come from the input texts."""
-    table = text_table(("domain", "tokens"), [("en\nall  999\x1b[2J", "1"), ("\u202exy", "2")])
-    assert len(table.splitlines()) == 3
-    assert "\x1b" not in table and "\u202e" not in table
-    assert printable("a\tb\nc\u2028", "\n\t") == "a\tb\nc\ufffd"
-    plain = "\u5929\u5730 K\u00f6nig \U0001f600"
-    assert printable(plain) == plain
 
 
 def test_numbers_of_numpy_have_their_columns(make_numbered: MakeNumbered) -> None:
