@@ -8,6 +8,7 @@ from typing import Any
 
 from data_pipeline.commands.arguments import add_command
 from data_pipeline.errors import InputError
+from data_pipeline.tables import render_table
 from megadlcm.run_folder import checkpoints, files
 
 
@@ -61,11 +62,21 @@ def run_list(arguments: argparse.Namespace) -> int:
     found = checkpoints.list_steps(root)
     if not found:
         print(f"{root} holds no checkpoint yet")
-    for step, path in found:
-        num_bytes = sum(file.stat().st_size for file in path.iterdir())
-        mark = "  (latest)" if path.name == latest else ""
-        print(f"step {step:>10}  {num_bytes / 1e6:10.1f} MB  {path}{mark}")
+    rows = [
+        (f"{step}", f"{_folder_bytes(path) / 1e6:.1f} MB", f"{path}{_mark(path, latest)}")
+        for step, path in found
+    ]
+    if rows:
+        print(render_table(("step", "size", "folder"), rows, left=(2,)))
     return 0
+
+
+def _folder_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.iterdir())
+
+
+def _mark(path: Path, latest: str) -> str:
+    return "  (latest)" if path.name == latest else ""
 
 
 def run_verify(arguments: argparse.Namespace) -> int:

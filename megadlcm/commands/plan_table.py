@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from data_pipeline.tables import render_table
 from megadlcm.plan.report import Plan
 from megadlcm.plan.search import Ranking
 
@@ -9,38 +10,51 @@ _GIB = 2.0**30
 
 
 def render_plan(plan: Plan) -> str:
-    """Spells a plan as a table for a terminal."""
-    parts = [_size_lines(plan), _layout_lines(plan), _memory_lines(plan), _time_lines(plan)]
-    return "\n\n".join("\n".join(lines) for lines in parts)
+    """Spells a plan as tables."""
+    parts = [plan.name, _parts_table(plan), _layout_lines(plan), _memory_table(plan)]
+    return "\n\n".join([*parts, _time_table(plan)])
 
 
-def _size_lines(plan: Plan) -> list[str]:
-    lines = [f"{plan.name}", "", f"{'part':22}{'parameters':>16}{'MFLOP/token':>14}{'share':>8}"]
+def render_ranking(ranking: Ranking, count: int) -> str:
+    """Spells the first layouts of a ranking as a table."""
+    rows = [
+        (
+            f"{layout.step_seconds:.3f}",
+            f"{layout.utilization:.1%}",
+            f"{layout.plan.memory.total / _GIB:.1f}",
+            f"{layout.plan.worst_bytes / _GIB:.1f}",
+            f"{layout.plan.bubble:.1%}",
+            f"{layout.plan.imbalance:.3f}",
+            layout.description,
+        )
+        for layout in ranking.layouts[:count]
+    ]
+    header = ("step s", "MFU", "GiB", "worst", "bubble", "heaviest", "layout")
+    lines = [f"{len(ranking.layouts)} layouts fit, at {ranking.peak_tflops:g} TFLOP/s a device"]
+    lines += [f"{count} do not: {reason}" for reason, count in ranking.refused.items()]
+    return "\n".join([render_table(header, rows, left=(6,)), "", *lines])
+
+
+def _parts_table(plan: Plan) -> str:
     total = plan.flops_per_token["total"]
+    rows = []
     for part, count in plan.parameters.items():
         flops = plan.flops_per_token.get(part, 0.0)
-        lines.append(f"{part:22}{count:>16,}{flops / 1e6:>14,.1f}{flops / total:>8.1%}")
+        rows.append((part, f"{count:,}", f"{flops / 1e6:,.1f}", f"{flops / total:.1%}"))
     control = plan.control_flops_per_token
-    lines.append(f"{'dense control':22}{plan.control_parameters:>16,}{control / 1e6:>14,.1f}")
-    lines.append(
-        f"compute relative to the control: {plan.flops_ratio:.3f} "
+    rows.append(("dense control", f"{plan.control_parameters:,}", f"{control / 1e6:,.1f}", ""))
+    table = render_table(("part", "parameters", "MFLOP/token", "share"), rows)
+    return (
+        f"{table}\ncompute relative to the control: {plan.flops_ratio:.3f} "
         f"({plan.matmul_ratio:.3f} without attention maps)"
     )
-    return lines
 
 
-def _layout_lines(plan: Plan) -> list[str]:
+def _layout_lines(plan: Plan) -> str:
     """Stages and what crosses between them; a short form for one stage."""
     layout, lines = plan.layout, [plan.layout_name]
     if len(layout.stages) > 1:
-        head = f"{'stage':6}{'FLOPs':>7}{'parameters':>15}{'in flight':>11}{'GiB':>9}{'worst':>9}"
-        lines.append(f"{head}  units")
-        for stage in layout.stages:
-            lines.append(
-                f"{stage.stage:<6}{stage.flops_share:>7.1%}{stage.parameters:>15,}"
-                f"{' + '.join(map(str, stage.in_flight)):>11}{stage.memory.total / _GIB:>9.2f}"
-                f"{stage.memory.total_worst / _GIB:>9.2f}  {', '.join(stage.units)}"
-            )
+        lines.append(_stage_table(plan))
         lines.append(
             f"heaviest stage {layout.imbalance:.3f} of the mean; {layout.bubble:.1%} of the time "
             "waiting for other stages"
@@ -58,10 +72,27 @@ def _layout_lines(plan: Plan) -> list[str]:
             f"{traffic.pipeline_riding / _GIB:.3f}, folded "
             + ("not possible" if folded is None else f"{folded / _GIB:.3f}")
         )
-    return lines
+    return "\n".join(lines)
 
 
-def _memory_lines(plan: Plan) -> list[str]:
+def _stage_table(plan: Plan) -> str:
+    header = ("stage", "FLOPs", "parameters", "in flight", "GiB", "worst", "units")
+    rows = [
+        (
+            f"{stage.stage}",
+            f"{stage.flops_share:.1%}",
+            f"{stage.parameters:,}",
+            " + ".join(map(str, stage.in_flight)),
+            f"{stage.memory.total / _GIB:.2f}",
+            f"{stage.memory.total_worst / _GIB:.2f}",
+            ", ".join(stage.units),
+        )
+        for stage in plan.layout.stages
+    ]
+    return render_table(header, rows, left=(0, 6))
+
+
+def _memory_table(plan: Plan) -> str:
     memory = plan.memory
     rows = (
         ("weights", memory.parameters),
@@ -72,45 +103,40 @@ def _memory_lines(plan: Plan) -> list[str]:
         ("total", memory.total),
         ("total, every token a concept", plan.layout.worst_bytes),
     )
-    head = "memory of the fullest process"
-    return [f"{head:38}{'GiB':>14}", *(f"{name:38}{size / _GIB:>14.2f}" for name, size in rows)]
+    header = ("memory of the fullest process", "GiB")
+    return render_table(header, [(name, f"{size / _GIB:.2f}") for name, size in rows])
 
 
-def _time_lines(plan: Plan) -> list[str]:
+def _time_table(plan: Plan) -> str:
+    rows = [
+        (
+            "steps",
+            f"{plan.train_steps:,} of {plan.step_tokens:,} tokens, "
+            f"{plan.gradient_accumulation_steps} micro-batches per process",
+        ),
+        ("tokens", f"{plan.train_tokens:,}"),
+        ("training FLOPs", f"{plan.training_flops:.3e}"),
+        *_time_rows(plan),
+    ]
+    return render_table((), rows, left=(0, 1))
+
+
+def _time_rows(plan: Plan) -> list[tuple[str, str]]:
     layout, step = plan.layout, plan.layout.step_seconds
     if plan.seconds is None or step is None or plan.utilization is None:
-        times = [f"{'time':20}not known: give --peak-tflops or logging.peak_tflops"]
-    else:
-        hours = plan.seconds / 3600
-        duration = f"{hours / 24:,.1f} days" if hours >= 48 else f"{hours:,.2f} hours"
-        times = [
-            f"{'time of a step':20}{step:.3f} s: {layout.compute_seconds:.3f} computation with "
-            f"waiting, {layout.counting_seconds:.3f} counting boundaries first,",
-            f"{'':20}{layout.tensor_seconds:.3f} inside layers, {layout.pipeline_seconds:.3f} "
-            f"between stages, {layout.data_seconds:.3f} between replicas",
-            f"{'MFU':20}{plan.utilization:.1%}",
-            f"{'time':20}{duration}",
-        ]
+        return [("time", "not known: give --peak-tflops or logging.peak_tflops")]
+    hours = plan.seconds / 3600
     return [
-        f"{'steps':20}{plan.train_steps:,} of {plan.step_tokens:,} tokens, "
-        f"{plan.gradient_accumulation_steps} micro-batches per process",
-        f"{'tokens':20}{plan.train_tokens:,}",
-        f"{'training FLOPs':20}{plan.training_flops:.3e}",
-        *times,
+        (
+            "time of a step",
+            f"{step:.3f} s: {layout.compute_seconds:.3f} computation with waiting, "
+            f"{layout.counting_seconds:.3f} counting boundaries first,",
+        ),
+        (
+            "",
+            f"{layout.tensor_seconds:.3f} inside layers, {layout.pipeline_seconds:.3f} between "
+            f"stages, {layout.data_seconds:.3f} between replicas",
+        ),
+        ("MFU", f"{plan.utilization:.1%}"),
+        ("time", f"{hours / 24:,.1f} days" if hours >= 48 else f"{hours:,.2f} hours"),
     ]
-
-
-def render_ranking(ranking: Ranking, count: int) -> str:
-    """Spells the first layouts of a ranking as a table for a terminal."""
-    lines = [f"{'step s':>8}{'MFU':>7}{'GiB':>8}{'worst':>8}{'bubble':>8}{'heaviest':>9}  layout"]
-    for layout in ranking.layouts[:count]:
-        plan = layout.plan
-        lines.append(
-            f"{layout.step_seconds:>8.3f}{layout.utilization:>7.1%}{plan.memory.total / _GIB:>8.1f}"
-            f"{plan.worst_bytes / _GIB:>8.1f}{plan.bubble:>8.1%}{plan.imbalance:>9.3f}"
-            f"  {layout.description}"
-        )
-    lines.append("")
-    lines.append(f"{len(ranking.layouts)} layouts fit, at {ranking.peak_tflops:g} TFLOP/s a device")
-    lines += [f"{count} do not: {reason}" for reason, count in ranking.refused.items()]
-    return "\n".join(lines)

@@ -41,8 +41,9 @@ def test_list_shows_every_checkpoint_newest_first(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["checkpoint", "list", str(finished)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines] == [["step", step] for step in "642"]
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == ["step", "size", "folder"]
+    assert [line.split()[0] for line in lines] == ["6", "4", "2"]
     assert ["(latest)" in line for line in lines] == [True, False, False]
     assert all(" MB " in line and "/step_000000000" in line for line in lines)
 

@@ -12,7 +12,7 @@ from data_pipeline.errors import InputError
 from megadlcm.model.language_model import attention_backend
 from megadlcm.ops import attention
 from megadlcm.ops.attention import choose_backend
-from megadlcm.training import pretrain
+from megadlcm.training import checks
 from megadlcm.training.checks import check_launch
 from tests.support.tiny_models import tiny_config
 from tests.support.tiny_runs import tiny_run
@@ -149,7 +149,7 @@ def test_a_run_with_a_kernel_that_cannot_run_ends_before_it_starts(
     reason: str,
 ) -> None:
     make_gpu(capability)
-    monkeypatch.setattr(pretrain, "choose_device", lambda _local_rank: CUDA)
+    monkeypatch.setattr(checks, "choose_device", lambda _local_rank: CUDA)
     kernel, auto = (
         tiny_run(
             tmp_path,
