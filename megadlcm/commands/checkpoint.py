@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.commands.arguments import add_command
 from data_pipeline.errors import InputError
-from data_pipeline.tables import render_table
-from megadlcm.run_folder import checkpoints, files
+from megadlcm.run_folder import files
 
 
 def add_parser(commands: Any) -> None:
@@ -56,6 +56,9 @@ def _root(run_dir: str) -> Path:
 
 def run_list(arguments: argparse.Namespace) -> int:
     """Prints step, size and name of every checkpoint; 0."""
+    from data_pipeline.tables import render_table
+    from megadlcm.run_folder import checkpoints
+
     root = _root(arguments.run_dir)
     latest_file = root / files.LATEST
     latest = latest_file.read_text(encoding="utf-8").strip() if latest_file.is_file() else ""
@@ -81,13 +84,18 @@ def _mark(path: Path, latest: str) -> str:
 
 def run_verify(arguments: argparse.Namespace) -> int:
     """Prints the state of every checkpoint of a run; 0, or InputError where one is damaged."""
+    from data_pipeline.tables import render_table
+    from megadlcm.run_folder import checkpoints
+
     root = _root(arguments.run_dir)
     found = checkpoints.verify_all(root)
     if not found:
         raise InputError(f"{root} holds no checkpoint; name the output_dir of a run that saved one")
-    for checkpoint in found:
-        mark = "DAMAGED" if checkpoint.problem else "ok"
-        print(f"{mark:8}{checkpoint.path}  {checkpoint.problem}".rstrip())
+    rows = [
+        ("DAMAGED" if checkpoint.problem else "ok", str(checkpoint.path), checkpoint.problem)
+        for checkpoint in found
+    ]
+    print(render_table((), rows, left=(0, 1, 2)))
     num_damaged = sum(bool(checkpoint.problem) for checkpoint in found)
     if num_damaged:
         raise InputError(
@@ -99,26 +107,22 @@ def run_verify(arguments: argparse.Namespace) -> int:
 
 def run_inspect(arguments: argparse.Namespace) -> int:
     """Prints what the newest good checkpoint, or the named one, contains; 0."""
-    # torch is loaded for this command only
     from safetensors import safe_open
+
+    from data_pipeline.tables import render_table
+    from megadlcm.run_folder import checkpoints
 
     path = checkpoints.find_checkpoint(arguments.run_dir)
     description = checkpoints.read_description(path)
     print(path)
     for section in ("train_state", "layout", "versions"):
         print(f"{section}: {_inline(description[section])}")
-    total = 0
     with safe_open(path / files.MODEL, framework="np") as tensors:
-        names = sorted(tensors.keys())
-        for name in names:
-            piece = tensors.get_slice(name)
-            shape = piece.get_shape()
-            print(f"  {name:60} {piece.get_dtype():5} {shape}")
-            size = 1
-            for length in shape:
-                size *= length
-            total += size
-    print(f"{len(names)} tensors, {total:,} values")
+        slices = {name: tensors.get_slice(name) for name in sorted(tensors.keys())}
+        shapes = {name: part.get_shape() for name, part in slices.items()}
+        rows = [(name, part.get_dtype(), str(shapes[name])) for name, part in slices.items()]
+    print(render_table(("tensor", "type", "shape"), rows, left=(0, 1, 2)))
+    print(f"{len(rows)} tensors, {sum(map(math.prod, shapes.values())):,} values")
     return 0
 
 

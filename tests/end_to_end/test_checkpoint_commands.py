@@ -95,7 +95,8 @@ def test_inspect_shows_counters_layout_versions_and_every_tensor(
     for part in ("step=6, consumed_samples=24", "world_size=1, zero_stage=1", "torch="):
         assert part in text
     tensors = load_model(finished).state_dict()
-    shown = {line.split()[0] for line in text.splitlines() if line.startswith("  ")}
+    _, _, rows = text.partition("\ntensor ")
+    shown = {line.split()[0] for line in rows.splitlines() if line.endswith("]")}
     assert shown == set(tensors)
     values = sum(tensor.numel() for tensor in tensors.values())
     assert f"{len(tensors)} tensors, {values:,} values" in text
