@@ -60,6 +60,7 @@ def _run(arguments: argparse.Namespace) -> int:
     overrides = [f"output_dir={folder / 'run'}", *arguments.overrides]
     load_config(_CONFIG, overrides)  # a slip of the pen must not cost the earlier run
     _remove_earlier_run(folder / "run")
+    # as commands of their own, shown as they run: what a user would type, in processes of its own
     data = _prepare_data(folder / "data", arguments.code_bytes)
     _megadlcm("train", str(_CONFIG), *data, *overrides)
     print_report(folder / "run", time.monotonic() - start)

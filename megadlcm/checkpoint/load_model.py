@@ -30,6 +30,7 @@ def load_model(path: str | Path) -> LanguageModel:
     config = config_from_dict(read_description(folder)["config"])
     # the run may have named a kernel that no CPU has
     shape = dataclasses.replace(config.model, attention_backend="auto")
+    # on meta first: initial values would be drawn for nothing
     model = build_model(shape, config.mup, device=torch.device("meta"))
     model = model.to_empty(device="cpu")
     missing, unexpected = model.load_state_dict(load_file(folder / files.MODEL), strict=True)

@@ -53,11 +53,13 @@ def save_checkpoint(engine: TrainingEngine, config: RunConfig, state: TrainState
         The folder.
     """
     root = Path(config.output_dir) / files.CHECKPOINTS
+    # every process takes part in collecting, also those that then have nothing to write
     model_tensors = masters.read_model(engine)
     optimizer_tensors = masters.read_optimizer(engine)
     folder = root / files.step_name(state.step)
     if engine.mesh.is_writer:
         description = {
+            # what a resumed run goes on with; the rest is for people and for `check_continuable`
             "train_state": state.to_dict(),
             "config": config_to_dict(config),
             "layout": {
@@ -75,7 +77,9 @@ def save_checkpoint(engine: TrainingEngine, config: RunConfig, state: TrainState
             files.STATE: lambda path: path.write_text(text, encoding="utf-8"),
         }
         checkpoints.commit(root, state.step, writers)
+        # only after the commit: the newest complete checkpoint is never the one that goes
         checkpoints.prune(root, config.checkpoint.keep, folder)
+    # nobody goes on before the folder has its name: whoever is killed now finds it
     engine.mesh.barrier()
     return folder
 
@@ -103,6 +107,7 @@ def resume(engine: TrainingEngine, config: RunConfig) -> TrainState | None:
     root = Path(config.output_dir) / files.CHECKPOINTS
     found = None
     if engine.mesh.is_writer:
+        # one process looks and tells the others: two could see a folder differently
         checkpoints.remove_unfinished(root)
         newest = checkpoints.newest_verified(root)
         found = None if newest is None else newest.path
@@ -111,6 +116,7 @@ def resume(engine: TrainingEngine, config: RunConfig) -> TrainState | None:
         return None
     description = checkpoints.read_description(path)
     phases = check_continuable(description, config, path)
+    # whole files on every process: each takes the shards it holds
     masters.write_model(engine, load_file(path / files.MODEL))
     masters.write_optimizer(engine, load_file(path / files.OPTIMIZER))
     state = TrainState.from_dict(description["train_state"])
@@ -148,6 +154,7 @@ def check_continuable(
     Raises:
         InputError: model, data order or precision differ; the message lists the keys.
     """
+    # a key that one side lacks counts as changed: it came with a later version
     saved, now = _flat(description["config"]), _flat(config_to_dict(config))
     changed = sorted(key for key in saved.keys() | now.keys() if saved.get(key) != now.get(key))
     forbidden = [key for key in changed if _is_fixed(key)]
@@ -158,7 +165,8 @@ def check_continuable(
         )
         raise InputError(
             f"output_dir = {config.output_dir}: its checkpoint {path.name} was made with another "
-            f"{listed}; a resumed run cannot change that: set it back, or choose a new output_dir"
+            f"{listed}; a resumed run cannot change that: set it back, or choose a new output_dir",
+            key=forbidden[0],
         )
     phases = _phases_now(TrainState.from_dict(description["train_state"]), config, path)
     for key in changed:
@@ -171,17 +179,20 @@ def _phases_now(state: TrainState, config: RunConfig, path: Path) -> list[dict[s
     if not state.data_phases:
         raise InputError(
             f"output_dir = {config.output_dir}: its checkpoint {path.name} was made by an earlier "
-            "version, whose data came in another order; choose a new output_dir"
+            "version, whose data came in another order; choose a new output_dir",
+            key="output_dir",
         )
     earlier = [Phase.from_dict(phase) for phase in state.data_phases]
     try:
         phases = next_phases(earlier, config.data, state.consumed_samples)
     except InputError as error:
-        raise InputError(f"output_dir = {config.output_dir}: {error}") from error
+        text = f"output_dir = {config.output_dir}: {error}"
+        raise InputError(text, key=error.key or "output_dir") from error
     return [phase.to_dict() for phase in phases]
 
 
 def _is_fixed(key: str) -> bool:
+    # a back-end computes the same function, so a run may go on with another one
     in_section = key.split(".")[0] in _FIXED_SECTIONS and key not in _FREE_MODEL_KEYS
     return in_section or key in _FIXED_KEYS
 

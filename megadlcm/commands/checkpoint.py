@@ -19,6 +19,7 @@ def add_parser(commands: Any) -> None:
     parser = add_command(commands, "checkpoint", summary, example)
     commands = parser.add_subparsers(dest="checkpoint_command", metavar="COMMAND", required=True)
     run_folder = "output_dir of a run"
+    # one argument each so far: a table of them; the first with options gets a function of its own
     for name, run, folder, description in (
         (
             "list",

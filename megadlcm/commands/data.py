@@ -38,6 +38,7 @@ DEFAULT_SAMPLES = 100_000
 
 def add_parser(commands: Any) -> None:
     """Adds `data` and its commands; see `add_command`."""
+    # data_pipeline has the commands that need no config of a run; these two read one
     commands = add_data_parser(commands)
     preview = add_command(
         commands, "preview", "decoded samples with their document borders", _PREVIEW_EXAMPLE

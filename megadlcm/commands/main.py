@@ -137,6 +137,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     words = sys.argv[1:] if argv is None else argv
     parser = build_parser(next((word for word in words if not word.startswith("-")), None))
     arguments, rest = parser.parse_known_args(words)
+    # argparse takes positionals in one run: overrides behind an option are left over
     takes_overrides = hasattr(arguments, "overrides")
     strange = [text for text in rest if text.startswith("-") or not takes_overrides]
     if strange:

@@ -26,6 +26,7 @@ def add_parser(commands: Any) -> None:
     summary = "what a run costs: parameters, compute, memory, time; exit 2 if it cannot work"
     parser = add_command(commands, "plan", summary, _EXAMPLE)
     parser.set_defaults(run=_run)
+    # everything the plan cannot know from the config: machines, and how fast they are
     add_config_arguments(parser)
     parser.add_argument("--nodes", type=integer(1), default=1, metavar="N", help="default: 1")
     parser.add_argument(
@@ -86,7 +87,7 @@ def _run(arguments: argparse.Namespace) -> int:
     plan = make_plan(config, hardware)
     values, text = plan_to_dict(plan), render_plan(plan)
     if arguments.verify:
-        from megadlcm.parallel.verify import verify_layout
+        from megadlcm.parallel.verify import verify_layout  # needs torch; the plan itself does not
 
         verified = verify_layout(config, hardware.world_size)
         values["verified"] = verified.to_dict()

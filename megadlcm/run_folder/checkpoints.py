@@ -73,11 +73,14 @@ def commit(root: Path, step: int, writers: Mapping[str, Callable[[Path], None]])
     for name, write in writers.items():
         path = building / name
         write(path)
+        # before the manifest claims it: a crash of the machine must not leave holes behind digests
         sync_path(path)
         entries[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     manifest = json.dumps({"step": step, "files": entries}, indent=1)
     write_durably(building / files.MANIFEST, manifest.encode())
     if final.exists():  # an earlier attempt that was passed over; its name is needed now
+        # a folder cannot be replaced in one call where the target has files: two renames, and what
+        # is left between them is recognised by its name
         old = final.with_name(final.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
         final.replace(old)
@@ -138,6 +141,7 @@ def newest_verified(root: Path) -> Checkpoint | None:
     Returns:
         The checkpoint, or None if there is none.
     """
+    # newest first, and no further than needed: each look reads a whole checkpoint
     for step, path in list_steps(root):
         problem = find_problem(path)
         if not problem:
@@ -167,6 +171,7 @@ def prune(root: Path, keep: int, newest_good: Path) -> None:
     """
     if keep == 0:
         return
+    # folders newer than the good one may be damaged and must not push it out of those that stay
     older = [(step, path) for step, path in list_steps(root) if path.name <= newest_good.name]
     for _, path in older[keep:]:
         if path == newest_good:

@@ -80,6 +80,7 @@ class RowFile:
     def append(self, row: Row) -> None:
         """Writes a row unless an earlier start has written it."""
         key = _key(row)
+        # a replayed step has the same numbers; TensorBoard gets them, its later events were purged
         if key in self._written:
             return
         self._written.add(key)
@@ -108,6 +109,7 @@ def _whole_lines(contents: bytes) -> bytes:
 
 
 def _cut_torn_line(path: Path) -> None:
+    # else the next row would be appended to half a line, and both be lost
     if not path.exists():
         return
     contents = path.read_bytes()

@@ -57,6 +57,7 @@ def check_launch(config: RunConfig) -> None:
             an attention back-end that cannot run on it.
     """
     launch = launch_environment()
+    # each of these raises where it cannot be; what they return is computed again later
     replicas = config.parallel.data_parallel_size(launch.world_size)
     config.training.gradient_accumulation_steps(replicas)
     device = choose_device(launch.local_rank)
@@ -79,6 +80,7 @@ def check_agreement(config: RunConfig, fingerprints: Sequence[str], mesh: Parall
         InputError: on every process, where one differs; the same line everywhere.
     """
     own = _facts(config, fingerprints)
+    # one small object from rank 0 instead of all to all: 512 processes compare in two collectives
     first: dict[str, Any] = mesh.broadcast_object(own)
     told = mesh.gather_over_run(_difference(own, first))
     for rank, difference in enumerate(told):

@@ -28,6 +28,7 @@ def rank_log(config: RunConfig, mesh: ParallelMesh) -> Iterator[None]:
     handler.setFormatter(
         logging.Formatter(f"%(asctime)s rank {mesh.rank} %(levelname)s %(name)s: %(message)s")
     )
+    # ours only: the root logger would bring what libraries say, on every rank
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.INFO)
         logging.getLogger(name).addHandler(handler)

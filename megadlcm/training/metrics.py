@@ -22,6 +22,7 @@ def concept_entries(summary: StepSummary, config: RunConfig) -> dict[str, float]
     if config.model.architecture != "dlcm":
         return {}
     fraction, prob = summary.boundary_fraction, summary.mean_boundary_prob
+    # of the step's F and G, as the objective has it; a mean over micro-batches is another number
     ratio = ratio_loss(
         torch.tensor(fraction, dtype=torch.float64),
         torch.tensor(prob, dtype=torch.float64),
@@ -71,6 +72,7 @@ def step_row(
         "grad_norm": result.grad_norm,
         "grad_norm_by_group": result.group_grad_norms,
         "learning_rate": learning_rates,
+        # below here two equal runs may differ
         **timing,
         "batch_digest": digest,
         "world_size": world_size,

@@ -46,10 +46,11 @@ def run(config: RunConfig) -> int:
     Raises:
         InputError: the config, the data or the launcher's environment is wrong.
     """
-    # before a process group or a run folder exists
+    # before a process group or a run folder exists: wrong input leaves nothing behind
     sources = check_training_sources(config)
     check_launch(config)
     alone = launch_environment().world_size == 1
+    # alone it costs nothing to look now; several processes share the look, which needs the group
     damaged = damaged_shards(config) if alone else []
     make_output_folder(Path(config.output_dir), "output_dir =")
     try:
@@ -115,6 +116,7 @@ def open_trainer(
         InputError: the data or the checkpoint does not fit the config.
     """
     sources = sources or check_training_sources(config)
+    # values, boundaries and data order have generators of their own; this is for what libraries draw
     torch.manual_seed(config.seed)
     partition = make_partition(config)
     model = build_stage_model(config, mesh, partition)
@@ -122,6 +124,7 @@ def open_trainer(
         engine = build_engine(model, config, mesh, partition)
     resumed = resume(engine, config)
     state = resumed or fresh_state(config)
+    # only now: a start that is refused must not touch the run that is there
     if mesh.is_writer:
         prepare_run_folder(config, resumed is not None)
     with contextlib.ExitStack() as stack:

@@ -96,12 +96,14 @@ class ReplicaLoader(Iterator[StepBatch]):
             _Shape(packed.cu_seqlens, packed.sample_ids, packed.sample_ends)
             for packed in batch.micro_batches
         ]
+        # documents first and to all: every stage needs them, and they give the sizes of the rest
         self._share(_Step(shapes, batch.first_sample, batch.skipped))
         inputs = _joined([packed.tokens_T for packed in batch.micro_batches])
         labels = _joined([packed.labels_T for packed in batch.micro_batches])
         for rank, stage in self._ranks:
             if rank == self._mesh.rank:
                 continue
+            # ids are large and needed at the two ends of the model only; stages between get none
             for tokens, needed in ((inputs, self._embedding_stage), (labels, self._head_stage)):
                 if stage == needed:
                     with doing(f"sending the step's tokens to rank {rank}"):
@@ -111,6 +113,7 @@ class ReplicaLoader(Iterator[StepBatch]):
         step: _Step = self._share(None)
         sizes = [shape.sample_ends[-1] for shape in step.micro_batches]
         stage = self._mesh.pipeline_rank
+        # in the order in which they are sent
         inputs = self._tokens(sizes, stage == self._embedding_stage)
         labels = self._tokens(sizes, stage == self._head_stage)
         batches = [
@@ -133,6 +136,7 @@ class ReplicaLoader(Iterator[StepBatch]):
     def _tokens(self, sizes: list[int], needed: bool) -> list[np.ndarray]:
         """Receives the inputs or labels of all micro-batches, where they are needed."""
         if not needed:
+            # an id that no embedding has: a stage that reads them by mistake fails at once
             return [np.full(size, ABSENT, dtype=np.int64) for size in sizes]
         tokens = torch.empty(sum(sizes), dtype=torch.int32)
         with doing(f"tokens of the step from rank {self._data_rank}"):
@@ -163,6 +167,7 @@ def open_loader(
     """
     state = state or TrainState()
     parallel, loader = config.parallel, None
+    # one process of each replica reads; the storage is asked once, however many share a model
     if mesh.reads_data:
         phase = Phase.from_dict(state.data_phases[-1]) if state.data_phases else None
         loader = StepLoader(

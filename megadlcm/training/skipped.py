@@ -83,9 +83,11 @@ class SkippedRecord:
         """
         if self._data.on_damage != "skip":
             return
+        # summed over all replicas before anybody decides, so that all decide the same
         lost = sum(place.num_tokens for place in batch.skipped)
         total = torch.tensor([lost], dtype=torch.int64, device=self._mesh.device)
         state.skipped_tokens += int(self._mesh.sum_over_data_parallel(total))
+        # others have the list too, from the one that reads: each loss is recorded once
         if batch.skipped and self._mesh.reads_data:
             for place in batch.skipped:
                 logger.warning(

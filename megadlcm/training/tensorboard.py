@@ -59,6 +59,7 @@ class TensorBoard:
             if isinstance(row.get(key), dict):
                 for name, value in row[key].items():
                     self._events.add_scalar(f"{tag}/{name}", value, step)
+        # a section of its own: beside a dozen others its lines would bury eval/loss
         for position, value in enumerate(row.get("loss_by_position", [])):
             if value is not None:
                 self._events.add_scalar(f"eval_loss_by_position/{position:02d}", value, step)
@@ -71,6 +72,7 @@ class TensorBoard:
         """Writes the histogram of concept lengths; entry n counts concepts of n tokens."""
         if not sum(concept_lengths):
             return
+        # from counts: TensorBoard's own binning would ask for every length, millions of them
         counts, lengths = np.array(concept_lengths, dtype=float), np.arange(len(concept_lengths))
         used = counts > 0
         self._events.add_histogram_raw(

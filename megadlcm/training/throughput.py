@@ -45,6 +45,7 @@ def peak_flops(config: RunConfig, device: torch.device) -> float:
     if config.logging.peak_tflops is not None:
         return config.logging.peak_tflops * 1e12
     half = config.training.precision == "bf16"
+    # a CPU's data sheet says little about the threads that this process got
     if device.type == "cpu":
         return measure_matmul_flops(device, torch.float32)
     name = torch.cuda.get_device_name(device)
@@ -65,6 +66,7 @@ def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
         FLOP/s; below the peak of a data sheet.
     """
     size = _MATRIX_SIZE if device.type == "cpu" else 8 * _MATRIX_SIZE
+    # ones: denormal numbers would slow it down, and random ones would draw from the generator
     matrix = torch.ones(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(_REPETITIONS):

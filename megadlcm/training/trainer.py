@@ -87,6 +87,7 @@ class Trainer:
             NonFiniteError: a loss or a gradient was not finite.
         """
         pipeline = self.engine.pipeline
+        # at every start, since a leak trains to a good loss unnoticed
         with self.engine.whole_model() as model:
             check_causality(model, forward=pipeline.output, share=pipeline.share_from_head)
         try:
@@ -111,11 +112,12 @@ class Trainer:
         state, config = self.state, self.config
         assert batch.first_sample == state.consumed_samples
         self.data.skipped.add(batch, state)
+        # before the first forward pass; a resumed run has the offset in its checkpoint
         if state.step == 0:
             self._calibrate(batch)
         factor = learning_rate_factor(config.schedule, state.step, self.train_steps)
         apply_learning_rates(self.engine.optimizer, factor)
-        result = self.step.run(batch, state)
+        result = self.step.run(batch, state)  # draws by the number of steps completed
         state.step += 1
         state.consumed_samples += config.training.global_batch_size
         state.consumed_tokens += int(result.summary.num_tokens)
@@ -132,6 +134,7 @@ class Trainer:
     def _log(
         self, batch: StepBatch, result: StepResult, step_seconds: float, data_seconds: float
     ) -> None:
+        # collective, so before the processes that write nothing leave
         digest = global_batch_digest(self.engine, batch)
         rates: dict[str, float] = {}
         for own in self.engine.mesh.gather_over_pipeline(learning_rates(self.engine.optimizer)):
@@ -148,6 +151,7 @@ class Trainer:
         }
         if self.peak_flops is not None:
             ratio = summary.num_tokens / summary.num_boundaries if summary.num_boundaries else None
+            # at the ratio that was drawn: FLOPs of the backbone follow the concepts there were
             achieved = training_flops_per_token(self.config, ratio) * rate
             world_peak = self.peak_flops * self.engine.mesh.world_size
             timing["model_flops_utilization"] = achieved / world_peak
@@ -175,6 +179,7 @@ class Trainer:
             text = self._sample_texts(model)
         if self.metrics is None:
             return
+        # an evaluation that a restart repeats keeps the row that was written first
         row["restart_count"] = self.state.restart_count
         self.metrics.write(row)
         if text:
@@ -199,7 +204,7 @@ class Trainer:
             masks.append(output.boundary_mask_T.tolist())
 
         was_training = model.training
-        model.eval()
+        model.eval()  # thresholds, as decoding would
         self.engine.pipeline.outputs(batches, keep)
         model.train(was_training)
         shared = self.engine.pipeline.share_from_head(masks)
@@ -221,7 +226,7 @@ class Trainer:
             return
         arrive(f"checkpoint of step {self.state.step}")
         if self.metrics is not None:
-            self.metrics.flush()
+            self.metrics.flush()  # a checkpoint claims that the rows of its steps are on the disk
         folder = save_checkpoint(self.engine, self.config, self.state)
         self._saved_step = self.state.step
         logger.info("saved %s", folder)
