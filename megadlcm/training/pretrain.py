@@ -116,7 +116,7 @@ def open_trainer(
         InputError: the data or the checkpoint does not fit the config.
     """
     sources = sources or check_training_sources(config)
-    # values, boundaries and data order have generators of their own; this is for what libraries draw
+    # values, boundaries and data have generators of their own; this is for what libraries draw
     torch.manual_seed(config.seed)
     partition = make_partition(config)
     model = build_stage_model(config, mesh, partition)
