@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline.commands.arguments import add_command
+from data_pipeline.commands.arguments import add_command, integer
 from data_pipeline.commands.data import add_data_parser
 from data_pipeline.errors import InputError
 from megadlcm.commands.arguments import add_config_arguments
@@ -44,22 +44,22 @@ def add_parser(commands: Any) -> None:
         commands, "preview", "decoded samples with their document borders", _PREVIEW_EXAMPLE
     )
     add_config_arguments(preview)
-    preview.add_argument("--start", type=int, default=0, metavar="N", help="first sample")
+    preview.add_argument("--start", type=integer(0), default=0, metavar="N", help="first sample")
     preview.add_argument(
-        "--samples", type=int, default=3, metavar="N", help="how many (default: 3)"
+        "--samples", type=integer(1), default=3, metavar="N", help="how many (default: 3)"
     )
     preview.add_argument(
         "--split", choices=("train", "valid"), default="train", help="default: train"
     )
     preview.add_argument(
         "--width",
-        type=int,
+        type=integer(1),
         default=400,
         metavar="N",
         help="most characters of a piece that are shown (default: 400)",
     )
     preview.add_argument(
-        "--seq-len", type=int, metavar="N", help="tokens of a sample, for a shard folder"
+        "--seq-len", type=integer(1), metavar="N", help="tokens of a sample, for a shard folder"
     )
     preview.add_argument(
         "--cache-dir", metavar="DIR", help="local folder for copies of shards, for a URL"
@@ -70,15 +70,15 @@ def add_parser(commands: Any) -> None:
         commands, "simulate", "the order of a run, without reading shards", _SIMULATE_EXAMPLE
     )
     add_config_arguments(simulate)
-    simulate.add_argument("--start", type=int, default=0, metavar="N", help="first sample")
+    simulate.add_argument("--start", type=integer(0), default=0, metavar="N", help="first sample")
     simulate.add_argument(
         "--samples",
-        type=int,
+        type=integer(1),
         metavar="N",
         help=f"how many (default: {DEFAULT_SAMPLES:,}, or the rest of the run)",
     )
     simulate.add_argument(
-        "--data-parallel-size", type=int, default=1, metavar="D", help="default: 1"
+        "--data-parallel-size", type=integer(1), default=1, metavar="D", help="default: 1"
     )
     simulate.add_argument("--list", action="store_true", help="print one line per sample")
     simulate.set_defaults(run=run_simulate)
@@ -88,8 +88,6 @@ def run_preview(arguments: argparse.Namespace) -> int:
     """Prints samples of a config or a shard folder; 0."""
     from data_pipeline.inspection.preview import preview_samples, render_sample
 
-    for name, least in (("start", 0), ("samples", 1), ("width", 1)):
-        _check_least(name, getattr(arguments, name), least)
     data = _previewed(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a text may hold any character
@@ -103,7 +101,6 @@ def run_simulate(arguments: argparse.Namespace) -> int:
     from data_pipeline.inspection.simulate import RunShape, Simulator, render_simulation
     from megadlcm.config import load_config
 
-    _check_least("data-parallel-size", arguments.data_parallel_size, 1)
     config = load_config(arguments.config, arguments.overrides)
     batch = config.training.global_batch_size
     shape = RunShape(batch, arguments.data_parallel_size, config.total_steps * batch)
@@ -129,7 +126,8 @@ def _previewed(arguments: argparse.Namespace) -> DataConfig:
             if value is not None:
                 raise InputError(
                     f"--{name} {value}: is for a shard folder, {location} is a config; "
-                    f"give data.{key}={value}"
+                    f"give data.{key}={value}",
+                    key=f"--{name}",
                 )
         return load_config(location, arguments.overrides).data
     if arguments.split != "train" or arguments.overrides:
@@ -138,10 +136,4 @@ def _previewed(arguments: argparse.Namespace) -> DataConfig:
     data = DataConfig(train=(SourceConfig(location),), cache_dir=arguments.cache_dir)
     if arguments.seq_len is None:
         return data
-    _check_least("seq-len", arguments.seq_len, 1)
     return replace(data, seq_len=arguments.seq_len)
-
-
-def _check_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise InputError(f"--{name} {value}: must be >= {least}; give a larger one")

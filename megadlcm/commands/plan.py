@@ -103,7 +103,7 @@ def _run_layouts(arguments: argparse.Namespace, config: RunConfig, hardware: Har
     from megadlcm.plan.search import rank_layouts
 
     if arguments.verify:
-        raise InputError("--verify is for one layout; leave --layouts out")
+        raise InputError("--verify is for one layout; leave --layouts out", key="--layouts")
     ranking = rank_layouts(config, hardware)
     if not ranking.layouts:
         reasons = "; ".join(f"{count}: {reason}" for reason, count in ranking.refused.items())

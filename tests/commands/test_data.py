@@ -65,10 +65,10 @@ def test_a_simulation_needs_no_shard(folder: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["preview", "FOLDER", "--start", "-1"], "--start -1: must be >= 0"),
-        (["preview", "FOLDER", "--samples", "0"], "--samples 0: must be >= 1"),
-        (["preview", "FOLDER", "--width", "0"], "--width 0: must be >= 1"),
-        (["preview", "FOLDER", "--seq-len", "0"], "--seq-len 0: must be >= 1"),
+        (["preview", "FOLDER", "--start", "-1"], "--start: -1 must be an integer >= 0"),
+        (["preview", "FOLDER", "--samples", "0"], "--samples: 0 must be an integer >= 1"),
+        (["preview", "FOLDER", "--width", "0"], "--width: 0 must be an integer >= 1"),
+        (["preview", "FOLDER", "--seq-len", "0"], "--seq-len: 0 must be an integer >= 1"),
         (["preview", "FOLDER", "--split", "valid"], "--split valid: is for a config"),
         (["preview", "FOLDER", "data.seq_len=3"], "data.seq_len=3: is for a config"),
         (["preview", "FOLDER/.."], "has no index.json"),
@@ -76,8 +76,11 @@ def test_a_simulation_needs_no_shard(folder: Path, capsys: pytest.CaptureFixture
         (["preview", QUICKSTART, "--cache-dir", "x"], "give data.cache_dir=x"),
         (["preview", "absent.yaml"], "absent.yaml: No such file"),
         (["preview", "memory://absent"], "memory://absent"),
-        (["simulate", QUICKSTART, "data.train=[{path: FOLDER}]", "--samples", "0"], "--samples 0"),
-        (["simulate", QUICKSTART, "--data-parallel-size", "0"], "--data-parallel-size 0: must"),
+        (
+            ["simulate", QUICKSTART, "data.train=[{path: FOLDER}]", "--samples", "0"],
+            "--samples: 0 must be an integer >= 1",
+        ),
+        (["simulate", QUICKSTART, "--data-parallel-size", "0"], "--data-parallel-size: 0 must"),
         (["simulate", QUICKSTART, "data.train=[]"], "data.train = []"),
         (["simulate", QUICKSTART, "data.train=[{path: absent}]"], "absent: does not exist"),
         (["inspect", "FOLDER", "--shards", "--urls"], "not allowed with"),
