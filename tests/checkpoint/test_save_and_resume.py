@@ -23,7 +23,7 @@ from megadlcm.model import DLCM
 from megadlcm.run_folder import files
 from megadlcm.run_folder.checkpoints import find_checkpoint
 from megadlcm.training.checkpoint import load_model
-from tests.support.checkpoints import load_tensors
+from tests.support.checkpoints import load_tensors, start_again, train
 from tests.support.layouts import LayoutStep, run_steps
 from tests.support.tiny_runs import tiny_engine
 
@@ -40,27 +40,6 @@ def unequal(left: dict[str, Tensor], right: dict[str, Tensor]) -> list[str]:
     return [name for name in left if not torch.equal(left[name], right[name])]
 
 
-def save(engine: TrainingEngine, config: RunConfig, state: TrainState) -> Path:
-    return save_checkpoint(engine, config, state)
-
-
-def train(config: RunConfig, num_steps: int, save_at: tuple[int, ...] = ()) -> TrainingEngine:
-    """Trains from scratch and saves after some of the steps."""
-    engine, state = tiny_engine(config), fresh_state(config)
-    for _ in range(num_steps):
-        run_steps(engine, config, state, 1)
-        if state.step in save_at:
-            save(engine, config, state)
-    return engine
-
-
-def start_again(config: RunConfig) -> tuple[TrainingEngine, TrainState]:
-    engine = tiny_engine(config)
-    state = resume(engine, config)
-    assert state is not None
-    return engine, state
-
-
 @pytest.mark.parametrize(
     ("precision", "zero_stage", "boundary_mode"),
     [(*layout, "learned_global") for layout in LAYOUTS] + [("fp32", 1, "rule")],
@@ -75,7 +54,7 @@ def test_a_resumed_run_is_bit_equal_to_the_uninterrupted_one(
     )
     engine, state = tiny_engine(config), fresh_state(config)
     run_steps(engine, config, state, 2)
-    folder = save(engine, config, state)
+    folder = save_checkpoint(engine, config, state)
     uninterrupted = run_steps(engine, config, state, 3)
     other, resumed_state = start_again(config)
     assert resumed_state.to_dict() == json.loads((folder / files.STATE).read_text())[
@@ -162,7 +141,7 @@ def test_a_damaged_newest_checkpoint_costs_only_its_own_steps(
         engine, state = start_again(config)
     assert state.step == 2 and "step_0000000003: optimizer.safetensors" in caplog.text
     run_steps(engine, config, state, 1)
-    save(engine, config, state)
+    save_checkpoint(engine, config, state)
     assert sorted(path.name for path in checkpoints.iterdir()) == [
         "latest",
         "step_0000000001",
@@ -178,7 +157,7 @@ def test_a_save_that_fails_loses_nothing_that_was_saved(
     config = make_run(checkpoint={"keep": 1})
     engine, state = tiny_engine(config), fresh_state(config)
     run_steps(engine, config, state, 1)
-    folder = save(engine, config, state)
+    folder = save_checkpoint(engine, config, state)
     run_steps(engine, config, state, 1)
 
     def full_disk(*_: Any, **__: Any) -> None:
@@ -186,7 +165,7 @@ def test_a_save_that_fails_loses_nothing_that_was_saved(
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr("megadlcm.checkpoint.save_and_resume.save_file", full_disk)
-        save(engine, config, state)
+        save_checkpoint(engine, config, state)
     assert find_checkpoint(config.output_dir) == folder
     assert start_again(config)[1].step == 1
 
@@ -290,7 +269,7 @@ def test_the_model_of_a_run_with_a_kernel_runs_without_it(make_run: MakeRun, bac
     config = make_run()
     engine = train(config, 1)
     shape = dataclasses.replace(config.model, attention_backend=backend)
-    save(engine, dataclasses.replace(config, model=shape), TrainState(step=1))
+    save_checkpoint(engine, dataclasses.replace(config, model=shape), TrainState(step=1))
     loaded = load_model(config.output_dir)
     with torch.no_grad():
         expected = engine.model.eval()(*documents(config)).logits_TV

@@ -14,7 +14,7 @@ from data_pipeline.shard_format.index import read_index
 from megadlcm.checkpoint.save_and_resume import save_checkpoint
 from megadlcm.config import RunConfig
 from megadlcm.engine.state import TrainState
-from tests.checkpoint.test_save_and_resume import start_again, train
+from tests.support.checkpoints import start_again, train
 from tests.support.layouts import run_steps
 from tests.support.tiny_runs import tiny_engine
 
