@@ -22,7 +22,7 @@ from data_pipeline.reading.packing import pack_windows
 from data_pipeline.reading.samples import SampleReader
 from data_pipeline.reading.shards import open_documents
 from data_pipeline.shard_format.index import ShardIndex
-from data_pipeline.storage.files import StoredFile
+from data_pipeline.storage.interface import StoredFile
 
 MICRO_BATCH_TOKENS = 16384
 _BLOCK_BYTES = 1 << 20

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from data_pipeline.errors import InputError
-from data_pipeline.storage.files import StorageOptions
+from data_pipeline.storage.interface import StorageOptions
 
 ON_DAMAGE = ("stop", "skip")
 _COUNTS = (

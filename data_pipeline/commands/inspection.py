@@ -61,7 +61,7 @@ def run_inspect(arguments: argparse.Namespace) -> int:
     """Prints shards, tokenizer and domains of a shard folder."""
     from data_pipeline.inspection.describe import describe, shard_table, shard_urls
     from data_pipeline.shard_format.index import read_index
-    from data_pipeline.storage.files import open_storage
+    from data_pipeline.storage.open import open_storage
 
     storage = open_storage(arguments.location)
     index = read_index(arguments.location, storage)
@@ -82,7 +82,8 @@ def run_verify(arguments: argparse.Namespace) -> int:
     """
     from data_pipeline.inspection.verify import Unread, available_cores, verify_folder
     from data_pipeline.shard_format.index import read_index
-    from data_pipeline.storage.files import StorageOptions, open_storage
+    from data_pipeline.storage.interface import StorageOptions
+    from data_pipeline.storage.open import open_storage
 
     workers = available_cores() if arguments.workers is None else arguments.workers
     if workers < 1:

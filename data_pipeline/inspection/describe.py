@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from data_pipeline.shard_format.index import DomainCounts, ShardIndex
-from data_pipeline.storage.files import Storage
+from data_pipeline.storage.interface import Storage
 from data_pipeline.tables import render_table
 
 

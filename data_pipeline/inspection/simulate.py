@@ -14,7 +14,7 @@ from data_pipeline.inspection.played import BlockCost, PlayedSource
 from data_pipeline.reading.mixture import Mixture, source_quotas
 from data_pipeline.reading.order import KEPT_SHARDS
 from data_pipeline.shard_format.index import read_index
-from data_pipeline.storage.files import open_storage
+from data_pipeline.storage.open import open_storage
 from data_pipeline.tables import render_table
 
 MOST_SAMPLES = 10_000_000

@@ -18,7 +18,8 @@ from data_pipeline.prepare.prepared import PREPARED_FILE, decode_prepared
 from data_pipeline.progress import Progress, say
 from data_pipeline.reading.sources import read_tokenizer
 from data_pipeline.shard_format.index import DomainCounts, Shard, ShardIndex, count_domain
-from data_pipeline.storage.files import Storage, StorageOptions, open_storage
+from data_pipeline.storage.interface import Storage, StorageOptions
+from data_pipeline.storage.open import open_storage
 
 if TYPE_CHECKING:
     from multiprocessing.sharedctypes import Synchronized

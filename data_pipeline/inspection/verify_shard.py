@@ -33,7 +33,7 @@ from data_pipeline.shard_format.records import (
     is_tar_header,
     load_array,
 )
-from data_pipeline.storage.files import Storage, StoredFile
+from data_pipeline.storage.interface import Storage, StoredFile
 
 READ_BYTES = 1 << 22
 """Read and hashed at once; a longer record is read as a whole."""

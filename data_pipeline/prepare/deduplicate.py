@@ -20,7 +20,7 @@ from data_pipeline.prepare.pieces import ReadProgress, read_pieces
 from data_pipeline.prepare.plan import Plan
 from data_pipeline.prepare.work_folder import DIGESTS_FILE, WorkFolder
 from data_pipeline.progress import Progress, say
-from data_pipeline.storage.locks import FileLock, lock_file
+from data_pipeline.storage.locks import FileLock, try_lock
 
 RANGE_TEXTS = 1 << 23
 """Digests resolved at once, on average; about 50 bytes of memory for each."""
@@ -57,7 +57,7 @@ def find_duplicates(
     _take_all(
         ranges,
         lambda n: _duplicates_file(folder, n),
-        lambda n: lock_file(folder / f"{n:06d}.lock", wait=False),
+        lambda n: try_lock(folder / f"{n:06d}.lock"),
         lambda n: _resolve(work, count, n, num_ranges),
     )
 

@@ -18,7 +18,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.output_folder import sync_path, write_durably
 from data_pipeline.prepare.parts import PART_FILE, PartState, decode_state
 from data_pipeline.prepare.plan import Plan
-from data_pipeline.storage.locks import FileLock, lock_file
+from data_pipeline.storage.locks import FileLock, try_lock, wait_for_lock
 
 UNFINISHED_FOLDER = ".unfinished"
 PLAN_FILE = "plan.json"
@@ -43,10 +43,8 @@ class WorkFolder:
         while True:
             self.folder.mkdir(exist_ok=True)
             with contextlib.suppress(FileNotFoundError):  # removed by who went out just now
-                lock = lock_file(self.folder / GATE_FILE, wait=True)
+                lock = wait_for_lock(self.folder / GATE_FILE)
                 break
-        if lock is None:
-            raise AssertionError("waited for the gate")
         try:
             yield
         finally:
@@ -75,7 +73,7 @@ class WorkFolder:
         Raises:
             InputError: other processes are working here.
         """
-        lock = lock_file(self.folder / WORKING_FILE, wait=False)
+        lock = try_lock(self.folder / WORKING_FILE)
         if lock is None:
             raise InputError(
                 f"--output {self.output}: other processes are preparing it by another plan; wait "
@@ -98,10 +96,7 @@ class WorkFolder:
 
     def join(self) -> FileLock:
         """Returns the lock that says that this process works here."""
-        lock = lock_file(self.folder / WORKING_FILE, wait=True, shared=True)
-        if lock is None:
-            raise AssertionError("waited for the lock")
-        return lock
+        return wait_for_lock(self.folder / WORKING_FILE, shared=True)
 
     def part(self, number: int) -> Path:
         """Returns the folder of a part."""
@@ -114,7 +109,7 @@ class WorkFolder:
             FileNotFoundError: the plan was finished or removed by another process.
         """
         self.part(number).mkdir(exist_ok=True)
-        return lock_file(self.part(number) / PART_LOCK, wait=False)
+        return try_lock(self.part(number) / PART_LOCK)
 
     def is_complete(self, number: int) -> bool:
         """Whether a part is complete."""

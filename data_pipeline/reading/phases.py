@@ -16,7 +16,7 @@ from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.errors import InputError
 from data_pipeline.reading.mixture import Mixture, source_quotas
 from data_pipeline.shard_format.index import ShardIndex, read_index
-from data_pipeline.storage.files import open_storage
+from data_pipeline.storage.open import open_storage
 
 
 @dataclass(frozen=True)

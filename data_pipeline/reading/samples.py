@@ -22,7 +22,7 @@ from data_pipeline.reading.packing import Window, make_sample
 from data_pipeline.reading.phases import Phase
 from data_pipeline.reading.shards import ShardReader, stored_dtype
 from data_pipeline.shard_format.index import ShardIndex, read_index
-from data_pipeline.storage.files import open_storage
+from data_pipeline.storage.open import open_storage
 
 
 class SampleReader:

@@ -20,7 +20,8 @@ from data_pipeline.shard_format.records import (
     DocumentTable,
     decode_table,
 )
-from data_pipeline.storage.files import Location, Storage, StorageOptions, StoredFile, open_storage
+from data_pipeline.storage.interface import Location, Storage, StorageOptions, StoredFile
+from data_pipeline.storage.open import open_storage
 
 
 @dataclass(frozen=True)

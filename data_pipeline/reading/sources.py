@@ -12,7 +12,9 @@ from data_pipeline.config import DataConfig
 from data_pipeline.errors import DamagedDataError, InputError
 from data_pipeline.shard_format.index import Shard, ShardIndex, read_index
 from data_pipeline.shard_format.records import BLOCK_BYTES, is_tar_header
-from data_pipeline.storage.files import LocalFolder, Storage, open_storage
+from data_pipeline.storage.interface import Storage
+from data_pipeline.storage.local import LocalFolder
+from data_pipeline.storage.open import open_storage
 from data_pipeline.tokenizer import TOKENIZER_FILE, Tokenizer, decode_tokenizer, load_tokenizer
 
 CHECK_THREADS = 32  # a check waits for the file system, not for the processor

@@ -18,7 +18,8 @@ import numpy as np
 
 from data_pipeline.errors import InputError
 from data_pipeline.shard_format.records import load_array
-from data_pipeline.storage.files import Location, Storage, open_storage
+from data_pipeline.storage.interface import Location, Storage
+from data_pipeline.storage.open import open_storage
 
 INDEX_FILE = "index.json"
 SHARDS_FILE = "shards.npy"

@@ -17,9 +17,11 @@ from data_pipeline.storage.cache_space import (
     DiskFullError,
     Entry,
     Partial,
-    is_locked,
 )
-from data_pipeline.storage.files import LocalFile, StorageOptions, patiently
+from data_pipeline.storage.interface import StorageOptions
+from data_pipeline.storage.local import LocalFile
+from data_pipeline.storage.locks import is_locked
+from data_pipeline.storage.retries import with_retries
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +135,7 @@ class ShardCache:
 
         path = f"{self._url}/{name}"
         try:
-            patiently(attempt, path, self._options, transient=(Exception,))
+            with_retries(attempt, path, self._options, transient=(Exception,))
         except StorageError as error:
             if not isinstance(error.__cause__, _WrongBytesError):
                 raise

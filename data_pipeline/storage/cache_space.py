@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import re
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_pipeline.errors import InputError, StorageError
+from data_pipeline.storage.locks import NoLocksError, is_locked, lock_new_file, wait_for_lock
 
 DIGEST_CHARACTERS = 16
 _FOLDER = re.compile(rf"[0-9a-f]{{{DIGEST_CHARACTERS}}}")
@@ -29,21 +29,8 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 _UNUSABLE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
-    *(errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS),  # a file system without locks
+    *(errno.EOPNOTSUPP, errno.ENOSYS),
 )
-
-# Locks belong to open files, which a forked child inherits: it would go on holding those of a
-# parent that was killed. The child closes them at once; the parent keeps its own.
-_locked_descriptors: set[int] = set()
-
-
-def _close_inherited() -> None:
-    for descriptor in _locked_descriptors:
-        os.close(descriptor)
-    _locked_descriptors.clear()
-
-
-os.register_at_fork(after_in_child=_close_inherited)
 
 
 class DiskFullError(StorageError):
@@ -125,25 +112,22 @@ class CacheSpace:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keeps other processes from adding and removing files; makes the folder if need be."""
+        where = f"data.cache_dir = {self.root}"
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-            _locked_descriptors.add(descriptor)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            with wait_for_lock(self.root / "lock"):
                 yield
-            finally:
-                _unlock(descriptor)
-        except OSError as error:
-            where = f"data.cache_dir = {self.root}"
-            if error.errno in _UNUSABLE:
+        except (OSError, NoLocksError) as error:
+            reason = error.reason if isinstance(error, NoLocksError) else error.strerror
+            if isinstance(error, NoLocksError) or error.errno in _UNUSABLE:
                 raise InputError(
-                    f"{where}: cannot be used ({error.strerror}); name a folder on a local disk "
-                    "that may be written"
+                    f"{where}: cannot be used ({reason}); name a folder on a local disk that may "
+                    "be written",
+                    key="data.cache_dir",
                 ) from error
             # Also where somebody deletes the cache meanwhile: no statement on a shard.
             raise StorageError(
-                f"{where}: failed ({error.strerror or error}); check the disk and start again"
+                f"{where}: failed ({reason or error}); check the disk and start again"
             ) from error
 
     def _look(self) -> tuple[list[Entry], list[Entry]]:
@@ -183,30 +167,28 @@ class Partial:
         """Makes the file; raises OSError where the disk is full."""
         self.path = f"{copy}.partial-{os.getpid()}"
         self._space, self._size, self._is_copy = space, size, False
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        _locked_descriptors.add(self._descriptor)
+        self._lock = lock_new_file(self.path)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
             try:
-                os.posix_fallocate(self._descriptor, 0, size)
+                os.posix_fallocate(self._lock.descriptor, 0, size)
             except OSError as error:
                 if error.errno not in _CANNOT_RESERVE:
                     raise
-                os.truncate(self._descriptor, size)
+                os.truncate(self._lock.descriptor, size)
         except BaseException:
             self.discard()
             raise
 
     def rewind(self) -> None:
         """Begins again with the first byte."""
-        os.lseek(self._descriptor, 0, os.SEEK_SET)
+        os.lseek(self._lock.descriptor, 0, os.SEEK_SET)
 
     def write(self, chunk: bytes) -> None:
         """Writes the next bytes."""
         view = memoryview(chunk)
         while view:
             try:
-                view = view[os.write(self._descriptor, view) :]
+                view = view[os.write(self._lock.descriptor, view) :]
             except OSError as error:
                 if error.errno in _DISK_FULL:
                     raise self._space.disk_full(self._size) from error
@@ -225,7 +207,7 @@ class Partial:
         if not self._is_copy:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path)
-        _unlock(self._descriptor)
+        self._lock.close()
 
 
 def _files_of(folder: str) -> Iterator[Entry]:
@@ -245,26 +227,3 @@ def _remove(entry: Entry) -> int:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(entry.path)
     return entry.size
-
-
-def is_locked(path: str) -> bool:
-    """Whether the maker of a partial file is alive and has not finished it."""
-    try:
-        descriptor = os.open(path, os.O_RDWR)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # for a child that was forked just now, too
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
-
-
-def _unlock(descriptor: int) -> None:
-    # Closing alone would leave the lock with a child that was forked just now.
-    fcntl.flock(descriptor, fcntl.LOCK_UN)
-    _locked_descriptors.discard(descriptor)
-    os.close(descriptor)

@@ -1,4 +1,9 @@
-"""Locks between processes and machines: a killed process holds none."""
+"""Locks between processes and machines, on files: a killed process holds none.
+
+A lock belongs to an open file, which a forked child inherits: it would go on holding the lock of a
+parent that is gone. So a child closes them at once, and who lets a lock go unlocks it before the
+file is closed, for a child that was forked just now.
+"""
 
 from __future__ import annotations
 
@@ -12,68 +17,137 @@ from data_pipeline.errors import StorageError
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
+class NoLocksError(StorageError):
+    """The file system knows no locks; `reason` is what it says."""
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(
+            f"{path}: this file system knows no locks ({reason}), which keep two processes from "
+            "writing the same shard; write to one that does, or mount it with them (Lustre: -o "
+            "flock)"
+        )
+        self.reason = reason
+
+
 class FileLock:
-    """A lock on a file that is made for it; held until close(), a context manager."""
+    """A lock that this process holds until close(); a context manager."""
 
     def __init__(self, descriptor: int) -> None:
-        """Wraps a descriptor that holds the lock."""
-        self._descriptor = descriptor
+        self.descriptor = descriptor
+        """Of the open file, which is read and written through it; -1 when it is closed."""
+        _held.add(self)
 
     def __enter__(self) -> FileLock:
-        """Returns itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Gives the lock back."""
         self.close()
 
     def close(self) -> None:
         """Gives the lock back; once is enough."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        if self.descriptor >= 0:
+            try:
+                fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+            finally:
+                self.forget()
+
+    def forget(self) -> None:
+        """Closes the file alone: the lock stays with the processes that also have it open."""
+        _held.discard(self)
+        os.close(self.descriptor)
+        self.descriptor = -1
 
 
-def lock_file(path: Path, *, wait: bool, shared: bool = False) -> FileLock | None:
-    """Locks a file, which is made where there is none.
+_held: set[FileLock] = set()
+
+
+def _forget_inherited() -> None:
+    for lock in list(_held):
+        lock.forget()
+
+
+os.register_at_fork(after_in_child=_forget_inherited)
+
+
+def wait_for_lock(path: Path, *, shared: bool = False) -> FileLock:
+    """Locks a file, which is made where there is none, when whoever holds it has let it go.
 
     Args:
         path: the file, in a folder that exists.
-        wait: whether to wait for whoever holds the lock.
         shared: whether others may hold it, too, that ask for it shared.
-
-    Returns:
-        The lock; None where another process holds it and `wait` is False.
 
     Raises:
         FileNotFoundError: no such folder.
-        StorageError: the file system knows no locks.
+        NoLocksError: the file system knows no locks.
     """
-    kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+    return _lock(path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+
+
+def try_lock(path: Path, *, shared: bool = False) -> FileLock | None:
+    """Locks a file as `wait_for_lock` does, or returns None where another process holds it."""
+    try:
+        return _lock(path, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return None
+
+
+def lock_new_file(path: str) -> FileLock:
+    """Makes a file and locks it.
+
+    Raises:
+        FileExistsError: it is there already.
+        NoLocksError: the file system knows no locks.
+    """
+    lock = _opened(path, os.O_CREAT | os.O_EXCL)
+    try:
+        _flock(lock, path, fcntl.LOCK_EX)
+    except BaseException:
+        os.unlink(path)
+        raise
+    return lock
+
+
+def is_locked(path: str) -> bool:
+    """Whether another process, or another part of this one, holds the lock of a file."""
+    try:
+        lock = _opened(path, 0)
+    except FileNotFoundError:
+        return False
+    try:
+        _flock(lock, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    lock.close()
+    return False
+
+
+def _lock(path: Path, kind: int) -> FileLock:
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(descriptor, kind)
-            if _is_at(descriptor, path):
-                return FileLock(descriptor)
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        except OSError as error:
-            os.close(descriptor)
-            if error.errno in _NO_LOCKS:
-                raise StorageError(
-                    f"{path}: this file system knows no locks ({error.strerror}), which keep two "
-                    "processes from writing the same shard; write to one that does, or mount it "
-                    "with them (Lustre: -o flock)"
-                ) from error
-            raise
-        os.close(descriptor)  # who held it removed the file: the lock on it binds nobody
+        lock = _opened(path, os.O_CREAT)
+        _flock(lock, path, kind)
+        if _is_at(lock, path):
+            return lock
+        lock.close()  # who held it removed the file: the lock on it binds nobody
 
 
-def _is_at(descriptor: int, path: Path) -> bool:
+def _opened(path: str | Path, flags: int) -> FileLock:
+    return FileLock(os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, 0o666))
+
+
+def _flock(lock: FileLock, path: str | Path, kind: int) -> None:
+    """Locks an open file, which is closed where that fails."""
+    try:
+        fcntl.flock(lock.descriptor, kind)
+    except BaseException as error:  # Ctrl-C too: nobody but this function has the open file yet
+        lock.forget()
+        if isinstance(error, OSError) and error.errno in _NO_LOCKS:
+            raise NoLocksError(path, error.strerror or str(error)) from error
+        raise
+
+
+def _is_at(lock: FileLock, path: Path) -> bool:
     try:
         there = os.stat(path)
     except FileNotFoundError:
         return False
-    return os.path.samestat(os.fstat(descriptor), there)
+    return os.path.samestat(os.fstat(lock.descriptor), there)

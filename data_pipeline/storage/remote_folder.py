@@ -11,7 +11,8 @@ from fsspec.core import get_filesystem_class, split_protocol, url_to_fs
 
 from data_pipeline.errors import InputError
 from data_pipeline.storage.cache import ShardCache
-from data_pipeline.storage.files import StorageOptions, StoredFile, patiently
+from data_pipeline.storage.interface import StorageOptions, StoredFile
+from data_pipeline.storage.retries import with_retries
 
 Result = TypeVar("Result")
 
@@ -56,14 +57,14 @@ class RemoteFolder:
     def exists(self) -> bool:
         """Whether the store knows of the folder; many know only of files in it."""
         try:
-            self._patiently("", lambda system, path: system.info(path))
+            self._retried("", lambda system, path: system.info(path))
         except FileNotFoundError:
             return False
         return True
 
     def names(self) -> list[str]:
         """Returns the names of the files of the folder, sorted."""
-        entries = self._patiently("", lambda system, path: system.ls(path, detail=True))
+        entries = self._retried("", lambda system, path: system.ls(path, detail=True))
         names = {
             entry["name"].rpartition("/")[2] for entry in entries if entry["type"] != "directory"
         }
@@ -79,7 +80,7 @@ class RemoteFolder:
                 raise OSError("the store does not tell its size")
             return size
 
-        return self._patiently(name, read)
+        return self._retried(name, read)
 
     def read_bytes(self, name: str) -> bytes:
         """Returns a whole small file."""
@@ -89,7 +90,7 @@ class RemoteFolder:
             _check_arrived(len(contents), _size(system, path))
             return contents
 
-        return self._patiently(name, read)
+        return self._retried(name, read)
 
     def open(self, name: str, size: int, sha256: bytes) -> StoredFile:
         """Opens the local copy of a shard; it is downloaded where there is none.
@@ -111,13 +112,13 @@ class RemoteFolder:
         """Removes the copy of a shard, so that it is downloaded again; whether there was one."""
         return self._cache is not None and self._cache.forget(name)
 
-    def _patiently(self, name: str, read: Callable[[Any, str], Result]) -> Result:
+    def _retried(self, name: str, read: Callable[[Any, str], Result]) -> Result:
         def attempt() -> Result:
             with self._connected(name) as (system, path):
                 return read(system, path)
 
         path = self.path(name) if name else self._url
-        return patiently(attempt, path, self._options, transient=(Exception,))
+        return with_retries(attempt, path, self._options, transient=(Exception,))
 
     def _chunks(self, name: str, size: int) -> Generator[bytes]:
         """Yields the bytes of a file; fails where fewer arrive than the store has."""

@@ -111,7 +111,7 @@ def test_storage_that_fails_ends_in_one_line_and_exit_code_1(
     def broken(self: object, name: str) -> bytes:
         raise StorageError(f"{name}: cannot be read after 5 attempts; check the storage")
 
-    monkeypatch.setattr("data_pipeline.storage.files.LocalFolder.read_bytes", broken)
+    monkeypatch.setattr("data_pipeline.storage.local.LocalFolder.read_bytes", broken)
     for words in (["inspect", str(folder)], ["preview", str(folder)], ["verify", str(folder)]):
         assert main(["data", *words]) == 1
         (line,) = capsys.readouterr().err.splitlines()
@@ -126,7 +126,7 @@ def test_unread_shards_are_told_from_damaged_ones(
     def broken(self: object, name: str, size: int, sha256: bytes) -> None:
         raise StorageError(f"{name}: cannot be read after 5 attempts; check the storage")
 
-    monkeypatch.setattr("data_pipeline.storage.files.LocalFolder.open", broken)
+    monkeypatch.setattr("data_pipeline.storage.local.LocalFolder.open", broken)
     assert main(["data", "verify", str(folder), "--workers", "1"]) == 1
     captured = capsys.readouterr()
     shards = len(read_index(folder).shards)

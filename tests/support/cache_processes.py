@@ -11,7 +11,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from data_pipeline.storage.cache import Chunks, ShardCache
-from data_pipeline.storage.files import LocalFile, StorageOptions
+from data_pipeline.storage.interface import StorageOptions
+from data_pipeline.storage.local import LocalFile
 
 CHUNK_BYTES = 1000
 

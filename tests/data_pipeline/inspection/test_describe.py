@@ -13,7 +13,7 @@ from data_pipeline.commands.data import add_data_parser
 from data_pipeline.config import SourceConfig
 from data_pipeline.inspection.describe import describe, domain_table, shard_table, shard_urls
 from data_pipeline.shard_format.index import DomainCounts
-from data_pipeline.storage.files import open_storage
+from data_pipeline.storage.open import open_storage
 
 MakeNumbered = Callable[..., SourceConfig]
 

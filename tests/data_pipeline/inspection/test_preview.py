@@ -21,7 +21,7 @@ from data_pipeline.inspection.preview import (
 )
 from data_pipeline.reading.sources import read_tokenizer
 from data_pipeline.shard_format.records import decode_table
-from data_pipeline.storage.files import open_storage
+from data_pipeline.storage.open import open_storage
 from tests.support.tiny_shards import TEXTS, config_of, one_line
 
 MakeShards = Callable[..., Path]

@@ -14,7 +14,8 @@ from data_pipeline import read_index
 from data_pipeline.config import SourceConfig
 from data_pipeline.inspection.verify import Unread, available_cores, verify_folder
 from data_pipeline.shard_format.index import Shard
-from data_pipeline.storage.files import StorageOptions, open_storage
+from data_pipeline.storage.interface import StorageOptions
+from data_pipeline.storage.open import open_storage
 
 MakeNumbered = Callable[..., SourceConfig]
 LENGTHS = [30, 5, 1, 20, 9, 44, 40, 41, 42, 43]
@@ -60,7 +61,7 @@ def test_storage_that_fails_is_told_apart(
     """And the other shards are verified all the same."""
     folder = Path(make_numbered(LENGTHS).path)
     index = read_index(folder)
-    monkeypatch.setattr("data_pipeline.storage.files.os.pread", _broken)
+    monkeypatch.setattr("data_pipeline.storage.local.os.pread", _broken)
     options = StorageOptions(attempts=1, wait_seconds=0.0)
     problems = list(verify_folder(index, options))
     assert len(problems) == len(index.shards)

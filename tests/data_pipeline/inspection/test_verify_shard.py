@@ -29,7 +29,9 @@ from data_pipeline.shard_format.records import (
     encode_record,
     encode_table,
 )
-from data_pipeline.storage.files import LocalFile, StorageOptions, open_storage
+from data_pipeline.storage.interface import StorageOptions
+from data_pipeline.storage.local import LocalFile
+from data_pipeline.storage.open import open_storage
 from tests.support.tiny_shards import NUMBERED_VOCAB
 
 MakeNumbered = Callable[..., SourceConfig]
@@ -217,7 +219,7 @@ def test_storage_that_fails_is_not_called_damage(
     def broken(descriptor: int, size: int, offset: int) -> bytes:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("data_pipeline.storage.files.os.pread", broken)
+    monkeypatch.setattr("data_pipeline.storage.local.os.pread", broken)
     storage = open_storage(source.path, StorageOptions(attempts=2, wait_seconds=0.0))
     report = verify_shard(storage, FACTS, shard, lambda num_bytes: None)
     assert report.unread and report.domains is None

@@ -195,7 +195,7 @@ def test_storage_that_never_answers_ends_the_wait(
         release.wait(60)
         return b""
 
-    monkeypatch.setattr("data_pipeline.storage.files.os.pread", stuck)
+    monkeypatch.setattr("data_pipeline.storage.local.os.pread", stuck)
     data = config_of(make_numbered(LENGTHS), timeout_seconds=0.3)
     loader = StepLoader(data, global_batch_size=2, micro_batch_size=1)
     with pytest.raises(StorageError, match=r"no data for 0\.3 s, .*shard-0.*\.tar") as error:

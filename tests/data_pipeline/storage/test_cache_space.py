@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import InputError, StorageError
-from data_pipeline.storage.cache_space import CacheSpace, Entry, Partial, is_locked
+from data_pipeline.storage.cache_space import CacheSpace, Entry, Partial
+from data_pipeline.storage.locks import is_locked
 from tests.support.cache_processes import (
     CHUNK_BYTES,
     FolderStore,

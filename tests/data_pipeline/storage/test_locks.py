@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from data_pipeline.errors import StorageError
-from data_pipeline.storage.locks import lock_file
+from data_pipeline.storage.locks import (
+    NoLocksError,
+    is_locked,
+    lock_new_file,
+    try_lock,
+    wait_for_lock,
+)
 from tests.support.tiny_shards import one_line
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from data_pipeline.storage.locks import lock_file
-lock = lock_file(Path(sys.argv[1]), wait=True)
+from data_pipeline.storage.locks import wait_for_lock
+lock = wait_for_lock(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(600)
 """
@@ -31,24 +39,24 @@ def test_a_killed_process_holds_no_lock(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLD, str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout.readline() == "held\n"
-        assert lock_file(path, wait=False) is None
-        assert lock_file(path, wait=False, shared=True) is None
+        assert try_lock(path) is None
+        assert try_lock(path, shared=True) is None
         child.send_signal(signal.SIGKILL)
         child.wait()
-    with lock_file(path, wait=False):
-        assert lock_file(path, wait=False) is None
-    assert lock_file(path, wait=False) is not None
+    with try_lock(path):
+        assert try_lock(path) is None
+    assert try_lock(path) is not None
 
 
 def test_shared_locks_go_together(tmp_path: Path) -> None:
     """But with none that is not shared; closing twice is once."""
     path = tmp_path / "a.lock"
-    first, second = (lock_file(path, wait=False, shared=True) for _ in range(2))
+    first, second = (try_lock(path, shared=True) for _ in range(2))
     for lock in (first, second):
-        assert lock_file(path, wait=False) is None
+        assert try_lock(path) is None
         lock.close()
         lock.close()
-    assert lock_file(path, wait=False) is not None
+    assert try_lock(path) is not None
 
 
 def test_a_lock_on_a_file_that_was_removed_binds_nobody(
@@ -65,9 +73,9 @@ def test_a_lock_on_a_file_that_was_removed_binds_nobody(
             removed[0] = True
 
     monkeypatch.setattr(fcntl, "flock", remove_once)
-    with lock_file(path, wait=True):
+    with wait_for_lock(path):
         assert removed[0] and path.exists()
-        assert lock_file(path, wait=False) is None
+        assert try_lock(path) is None
 
 
 def test_a_file_system_without_locks_is_named(
@@ -83,10 +91,69 @@ def test_a_file_system_without_locks_is_named(
 
     fail(errno.ENOSYS)
     with pytest.raises(StorageError, match=r"a\.lock: this file system knows no locks") as error:
-        lock_file(tmp_path / "a.lock", wait=False)
+        try_lock(tmp_path / "a.lock")
     one_line(error)
     fail(errno.EIO)
     with pytest.raises(OSError, match="not implemented"):
-        lock_file(tmp_path / "a.lock", wait=False)
+        try_lock(tmp_path / "a.lock")
     with pytest.raises(FileNotFoundError):
-        lock_file(tmp_path / "absent" / "a.lock", wait=False)
+        try_lock(tmp_path / "absent" / "a.lock")
+
+
+def test_a_forked_child_keeps_no_lock(tmp_path: Path) -> None:
+    """It would hold it for a parent that is gone; and what it closes is not the parent's."""
+    path = tmp_path / "a.lock"
+    held, done = wait_for_lock(path), os.pipe()
+    child = os.fork()
+    if child == 0:
+        held.close()
+        os.write(done[1], b"1" if is_locked(str(path)) else b"0")
+        time.sleep(600)
+    try:
+        assert os.read(done[0], 1) == b"1" and is_locked(str(path))
+        held.close()
+        assert try_lock(path) is not None
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        for end in done:
+            os.close(end)
+
+
+def test_a_killed_parent_leaves_no_lock_with_its_child(tmp_path: Path) -> None:
+    path = tmp_path / "a.lock"
+    program = HOLD.replace('print("held"', "import os; child = os.fork()\nif child: print(child")
+    command = [sys.executable, "-c", program, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        child = int(parent.stdout.readline())
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+        try:
+            deadline = time.monotonic() + 60  # for the child to run what it runs after a fork
+            while is_locked(str(path)) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert not is_locked(str(path))
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_new_file_is_locked_from_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And gone where it cannot be locked."""
+    path = tmp_path / "partial"
+    with lock_new_file(str(path)) as lock:
+        os.write(lock.descriptor, b"123")
+        assert is_locked(str(path)) and try_lock(path) is None
+        with pytest.raises(FileExistsError):
+            lock_new_file(str(path))
+    assert not is_locked(str(path)) and path.read_bytes() == b"123"
+    assert not is_locked(str(tmp_path / "absent"))
+
+    def refuse(*_: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(NoLocksError) as error:
+        lock_new_file(str(tmp_path / "other"))
+    assert error.value.reason == "No locks available" and not (tmp_path / "other").exists()

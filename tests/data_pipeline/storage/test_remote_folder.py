@@ -22,7 +22,8 @@ from fsspec.registry import known_implementations
 from data_pipeline.errors import DamagedDataError, InputError, StorageError
 from data_pipeline.reading.shards import ShardReader, open_documents
 from data_pipeline.shard_format.index import read_index
-from data_pipeline.storage.files import StorageOptions, open_storage
+from data_pipeline.storage.interface import StorageOptions
+from data_pipeline.storage.open import open_storage
 from data_pipeline.storage.remote_folder import RemoteFolder
 from tests.support.faulty_stores import (
     BotoError,

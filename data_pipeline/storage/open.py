@@ -1,0 +1,22 @@
+"""The door: from a path or a URL to the storage of the folder there."""
+
+from __future__ import annotations
+
+from data_pipeline.storage.interface import Location, Storage, StorageOptions
+from data_pipeline.storage.local import LocalFolder
+
+
+def open_storage(location: Location, options: StorageOptions | None = None) -> Storage:
+    """Returns the storage of a folder or URL; looks at nothing yet.
+
+    Raises:
+        InputError: a URL of a kind that is not known or not installed.
+    """
+    options = options or StorageOptions()
+    text = str(location)
+    if "://" in text and not text.startswith("file://"):
+        # fsspec takes longer to load than all the rest of reading: not for who reads a path
+        from data_pipeline.storage.remote_folder import RemoteFolder
+
+        return RemoteFolder(text, options)
+    return LocalFolder(text.removeprefix("file://"), options)
