@@ -16,13 +16,9 @@ from data_pipeline.shard_format.index import (
     ShardList,
     encode_index,
 )
-from data_pipeline.shard_format.records import (
-    DOCUMENT_DTYPE,
-    TAR_RECORD_BYTES,
-    archive_end,
-    encode_record,
-    encode_table,
-)
+from data_pipeline.shard_format.records import encode_record
+from data_pipeline.shard_format.table import DOCUMENT_DTYPE, encode_table
+from data_pipeline.shard_format.tar import RECORD_BYTES, archive_end
 
 VOCAB_SIZE = 50_280
 EOS_ID = VOCAB_SIZE - 1
@@ -140,8 +136,8 @@ def enormous_index(
     rows["num_tokens"] = shard_tokens - random.integers(0, MEAN_TOKENS, num_shards)
     rows["num_documents"] = random.integers(usual * 9 // 10, usual * 11 // 10 + 1, num_shards)
     rows["num_bytes"] = rows["num_tokens"] * BYTES_PER_TOKEN
-    rows["tar_bytes"] = rows["num_tokens"] * 2 // TAR_RECORD_BYTES * TAR_RECORD_BYTES
-    rows["last_record"] = rows["tar_bytes"] - TAR_RECORD_BYTES
+    rows["tar_bytes"] = rows["num_tokens"] * 2 // RECORD_BYTES * RECORD_BYTES
+    rows["last_record"] = rows["tar_bytes"] - RECORD_BYTES
     # digests do not compress, and no two shards share one
     for name in ("tar_sha256", "table_sha256"):
         rows[name] = np.frombuffer(random.bytes(32 * num_shards), dtype="V32")

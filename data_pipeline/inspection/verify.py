@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 from data_pipeline.errors import InputError, StorageError
 from data_pipeline.inspection.verify_shard import FolderFacts, ShardReport, verify_shard
-from data_pipeline.prepare.prepared import PREPARED_FILE, decode_prepared
 from data_pipeline.progress import Progress, say
 from data_pipeline.reading.sources import read_tokenizer
 from data_pipeline.shard_format.index import DomainCounts, Shard, ShardIndex, count_domain
+from data_pipeline.shard_format.prepared import PREPARED_FILE, decode_prepared
 from data_pipeline.storage.interface import Storage, StorageOptions
 from data_pipeline.storage.open import open_storage
 

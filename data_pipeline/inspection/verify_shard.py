@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from io import BytesIO
 from typing import NamedTuple
 from zlib import crc32
@@ -21,17 +19,23 @@ import numpy as np
 
 from data_pipeline.errors import InputError, StorageError
 from data_pipeline.reading.sources import shard_problem
+from data_pipeline.shard_format.array import array_header, load_array
 from data_pipeline.shard_format.index import DomainCounts, Shard, count_domain
-from data_pipeline.shard_format.records import (
-    BLOCK_BYTES,
+from data_pipeline.shard_format.records import array_offsets
+from data_pipeline.shard_format.table import (
     CHECKSUM_TOKENS,
     DocumentTable,
-    archive_end,
     chunk_checksums,
     decode_table,
-    encode_record,
-    is_tar_header,
-    load_array,
+)
+from data_pipeline.shard_format.tar import (
+    BLOCK_BYTES,
+    NAME_BYTES,
+    archive_end,
+    is_header,
+    member_header,
+    padding,
+    parse_header,
 )
 from data_pipeline.storage.interface import Storage, StoredFile
 
@@ -40,16 +44,6 @@ READ_BYTES = 1 << 22
 
 SHOWN_DOCUMENTS = 20
 """Damaged documents of a shard that are told one by one."""
-
-_PADDING = [bytes(size) for size in range(BLOCK_BYTES)]
-_SIZE_AT, _CHECKSUM_AT, _NAME_BYTES = 124, 148, 100
-_TEMPLATE = encode_record("0", {}, np.zeros(1, dtype="<u2")).contents[:BLOCK_BYTES]
-# What stands between and behind the three fields in which headers differ.
-_OWNER = _TEMPLATE[_NAME_BYTES:_SIZE_AT]
-_TIME = _TEMPLATE[_SIZE_AT + 12 : _CHECKSUM_AT]
-_REST = _TEMPLATE[_CHECKSUM_AT + 8 :]
-# A header's checksum is the sum of its bytes, its own field counted as eight spaces.
-_FIXED_SUM = sum(_OWNER) + sum(_TIME) + sum(_REST) + 8 * ord(" ")
 
 
 @dataclass(frozen=True)
@@ -199,8 +193,7 @@ class _Walk:
         self._table = table
         self._checksums = table.checksums.data  # a view: its items are plain numbers
         rows = table.rows
-        metadata_blocks = -(-rows["metadata_bytes"].astype(np.int64) // BLOCK_BYTES)
-        array_at = rows["record_offset"] + (2 + metadata_blocks) * BLOCK_BYTES
+        array_at = array_offsets(rows)
         array_bytes = rows["tokens_offset"] - array_at + rows["num_tokens"] * self._dtype.itemsize
         self._array_at, self._array_bytes = array_at, array_bytes
         self._ends = array_at + -(-array_bytes // BLOCK_BYTES) * BLOCK_BYTES
@@ -294,13 +287,13 @@ class _Walk:
         largest: int,
     ) -> str:
         """Returns what is wrong with one record, or an empty string."""
-        key = contents[at : max(contents.find(b".json\0", at, at + _NAME_BYTES), at)]
-        if not contents.startswith(_header(key + b".json", metadata_bytes), at):
+        key = contents[at : max(contents.find(b".json\0", at, at + NAME_BYTES), at)]
+        if not _is_member(contents, at, key + b".json", metadata_bytes):
             return _wrong_header(contents, base, at, "KEY.json", metadata_bytes)
-        array_header = array_at - BLOCK_BYTES
-        if not contents.startswith(_header(key + b".npy", array_bytes), array_header):
+        header_at = array_at - BLOCK_BYTES
+        if not _is_member(contents, header_at, key + b".npy", array_bytes):
             name = f"{key.decode('ascii', 'replace')}.npy"
-            return _wrong_header(contents, base, array_header, name, array_bytes)
+            return _wrong_header(contents, base, header_at, name, array_bytes)
         if not key or b"." in key or b"\0" in key or key == self._last_key:
             return f"key {key!r} cannot be told from that of another record"
         self._last_key = key
@@ -316,7 +309,7 @@ class _Walk:
         if what:
             return what
         stop = array_at + array_bytes
-        if not contents.startswith(_array_header(self._dtype.str, num_tokens), array_at):
+        if not contents.startswith(array_header(self._dtype.str, num_tokens), array_at):
             what = self._wrong_array(contents[array_at:stop], num_tokens, tokens_at - array_at)
             if what:
                 return what
@@ -331,7 +324,7 @@ class _Walk:
         if largest > self._max_token_id:
             return f"token {largest} above the largest of the index, {self._max_token_id}"
         for filled in (end, stop):
-            if not contents.startswith(_PADDING[-filled % BLOCK_BYTES], filled):
+            if not contents.startswith(padding(filled), filled):
                 return f"something stands behind a member, at byte {base + filled}"
         return ""
 
@@ -348,24 +341,25 @@ class _Walk:
         return ""
 
 
-def _header(name: bytes, size: int) -> bytes:
-    """Returns the tar header that `records.encode_record` writes; quicker than tarfile."""
-    size_field = b"%011o\0" % size
-    checksum = b"%06o\0 " % (_FIXED_SUM + sum(name) + sum(size_field))
-    return b"".join((name.ljust(_NAME_BYTES, b"\0"), _OWNER, size_field, _TIME, checksum, _REST))
+def _is_member(contents: bytes, at: int, name: bytes, size: int) -> bool:
+    """Whether the header stands there that prepare writes for a member."""
+    try:
+        return contents.startswith(member_header(name, size), at)
+    except ValueError:  # a size that no header can tell, from a wrong table
+        return False
 
 
 def _wrong_header(contents: bytes, base: int, at: int, name: str, size: int) -> str:
     """Says in what a header is not the one of member `name` of `size` bytes."""
     block, where = contents[at : at + BLOCK_BYTES], f"at byte {base + at}"
-    if not is_tar_header(block):
+    if not is_header(block):
         return f"no tar header {where}, where {name} must begin"
     try:
-        found = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except tarfile.HeaderError as error:
+        found_name, found_size = parse_header(block)
+    except ValueError as error:
         return f"damaged tar header {where} ({error})"
     return (
-        f"member {found.name!a} of {found.size} bytes {where} is not {name} of {size} bytes "
+        f"member {found_name!a} of {found_size} bytes {where} is not {name} of {size} bytes "
         "as it was written"
     )
 
@@ -383,12 +377,3 @@ def _wrong_metadata(stored: bytes, expected: dict[str, int | str]) -> str:
     if not isinstance(metadata.get("id"), str) or not isinstance(metadata.get("source"), str):
         return "its metadata has no id or no source"
     return ""
-
-
-@lru_cache(maxsize=1 << 16)
-def _array_header(descriptor: str, num_tokens: int) -> bytes:
-    """Returns what numpy.save puts before that many tokens."""
-    stored = BytesIO()
-    facts = {"descr": descriptor, "fortran_order": False, "shape": (num_tokens,)}
-    np.lib.format.write_array_header_1_0(stored, facts)
-    return stored.getvalue()

@@ -7,7 +7,6 @@ any process: one that is done with its own looks for what nobody is at.
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from data_pipeline.prepare.pieces import ReadProgress, read_pieces
 from data_pipeline.prepare.plan import Plan
 from data_pipeline.prepare.work_folder import DIGESTS_FILE, WorkFolder
 from data_pipeline.progress import Progress, say
+from data_pipeline.shard_format.array import save_array
 from data_pipeline.storage.locks import FileLock, try_lock
 
 RANGE_TEXTS = 1 << 23
@@ -119,7 +119,7 @@ class _Digester:
         halves = np.frombuffer(b"".join(digests), dtype=">u8").reshape(-1, DIGEST_BYTES // 8).T
         table = np.vstack((halves.astype(np.uint64), np.concatenate(numbers).astype(np.uint64)))
         table = table[:, np.lexsort((table[2], table[1], table[0]))]
-        _write_array(self._work.part(part) / DIGESTS_FILE, table)
+        write_durably(self._work.part(part) / DIGESTS_FILE, save_array(table))
 
 
 def _resolve(work: WorkFolder, num_parts: int, number: int, num_ranges: int) -> None:
@@ -141,7 +141,7 @@ def _resolve(work: WorkFolder, num_parts: int, number: int, num_ranges: int) -> 
     again = order[repeats]
     found = np.vstack((part_of[again], table[2, again].astype(np.int64)))
     found = found[:, np.lexsort((found[1], found[0]))]
-    _write_array(_duplicates_file(_duplicates_folder(work), number), found)
+    write_durably(_duplicates_file(_duplicates_folder(work), number), save_array(found))
 
 
 def _num_ranges(work: WorkFolder, num_parts: int) -> int:
@@ -160,9 +160,3 @@ def _duplicates_folder(work: WorkFolder) -> Path:
 
 def _duplicates_file(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.npy"
-
-
-def _write_array(path: Path, array: np.ndarray) -> None:
-    stored = io.BytesIO()
-    np.save(stored, array, allow_pickle=False)
-    write_durably(path, stored.getvalue())

@@ -22,7 +22,8 @@ from data_pipeline.output_folder import write_durably
 from data_pipeline.prepare.encode import Batch, EncodedBatch
 from data_pipeline.prepare.pieces import BEGINNING, Position
 from data_pipeline.shard_format.index import SHARD_DTYPE, DomainCounts, count_domain
-from data_pipeline.shard_format.records import archive_end, encode_table
+from data_pipeline.shard_format.table import encode_table
+from data_pipeline.shard_format.tar import archive_end
 
 PART_FILE = "part.json"
 

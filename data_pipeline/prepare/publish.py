@@ -7,11 +7,9 @@ fallen: whenever the moves are cut off, the next prepare makes the rest of them.
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,7 +17,6 @@ from data_pipeline.output_folder import sync_path, write_durably
 from data_pipeline.prepare.encode import token_dtype
 from data_pipeline.prepare.parts import PartState, table_file, tar_file
 from data_pipeline.prepare.plan import Plan
-from data_pipeline.prepare.prepared import PREPARED_FILE, decode_prepared, encode_prepared
 from data_pipeline.prepare.work_folder import WorkFolder
 from data_pipeline.shard_format.index import (
     INDEX_FILE,
@@ -30,19 +27,14 @@ from data_pipeline.shard_format.index import (
     count_domain,
     encode_index,
     read_index,
+    shard_number,
+    table_name,
+    tar_name,
 )
+from data_pipeline.shard_format.prepared import PREPARED_FILE, encode_prepared, read_prepared
 from data_pipeline.tokenizer import TOKENIZER_FILE, Tokenizer
 
 READY_FOLDER = "ready"
-OUR_SHARDS = re.compile(r"shard-(\d{6,})\.(tar|documents\.npy)")
-
-
-def read_prepared(output: Path) -> dict[str, Any]:
-    """Returns what a finished folder says of its making; empty where it does not."""
-    try:
-        return decode_prepared((output / PREPARED_FILE).read_bytes())
-    except (FileNotFoundError, ValueError, RecursionError):
-        return {}
 
 
 def is_published(output: Path, plan: Plan) -> bool:
@@ -130,15 +122,14 @@ def _move(work: WorkFolder, parts: Sequence[PartState], index: bytes) -> None:
     for at, part in enumerate(parts):
         folder = work.part(at)
         for own in range(len(part.shards)):
-            name = f"shard-{number:06d}"
-            for path, ending in (
-                (tar_file(folder, own), "tar"),
-                (table_file(folder, own), "documents.npy"),
+            for path, name in (
+                (tar_file(folder, own), tar_name(number)),
+                (table_file(folder, own), table_name(number)),
             ):
-                if path.exists():
-                    os.replace(path, output / f"{name}.{ending}")
+                if path.exists():  # else it was moved before this process took over
+                    os.replace(path, output / name)
             number += 1
     for path in output.iterdir():
-        found = OUR_SHARDS.fullmatch(path.name)
-        if found and int(found[1]) >= number:
+        found = shard_number(path.name)
+        if found is not None and found >= number:
             path.unlink()

@@ -14,12 +14,8 @@ import numpy as np
 from data_pipeline.errors import DamagedDataError
 from data_pipeline.reading.order import KEPT_SHARDS, LeastRecent
 from data_pipeline.shard_format.index import Shard, ShardIndex, read_index
-from data_pipeline.shard_format.records import (
-    BLOCK_BYTES,
-    CHECKSUM_TOKENS,
-    DocumentTable,
-    decode_table,
-)
+from data_pipeline.shard_format.table import CHECKSUM_TOKENS, DocumentTable, decode_table
+from data_pipeline.shard_format.tar import BLOCK_BYTES
 from data_pipeline.storage.interface import Location, Storage, StorageOptions, StoredFile
 from data_pipeline.storage.open import open_storage
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DamagedDataError, InputError
 from data_pipeline.shard_format.index import Shard, ShardIndex, read_index
-from data_pipeline.shard_format.records import BLOCK_BYTES, is_tar_header
+from data_pipeline.shard_format.tar import BLOCK_BYTES, is_header
 from data_pipeline.storage.interface import Storage
 from data_pipeline.storage.local import LocalFolder
 from data_pipeline.storage.open import open_storage
@@ -179,7 +179,7 @@ def shard_problem(storage: Storage, shard: Shard) -> str:
         if isinstance(storage, LocalFolder):  # elsewhere a look at a header costs a whole copy
             tar = storage.open(shard.tar_name, shard.tar_bytes, shard.tar_sha256)
             for offset in (0, shard.last_record):
-                if not is_tar_header(tar.pread(BLOCK_BYTES, offset)):
+                if not is_header(tar.pread(BLOCK_BYTES, offset)):
                     return f"{path}: no tar header at byte {offset}, where a record must begin"
     except FileNotFoundError:
         return f"{path}: missing"

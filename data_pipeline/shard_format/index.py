@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 
 from data_pipeline.errors import InputError
-from data_pipeline.shard_format.records import load_array
+from data_pipeline.shard_format.array import load_array, save_array
 from data_pipeline.storage.interface import Location, Storage
 from data_pipeline.storage.open import open_storage
 
@@ -39,6 +40,30 @@ SHARD_DTYPE = np.dtype(
         ("table_sha256", "V32"),
     ]
 )
+
+
+_SHARD_FILE = re.compile(r"shard-(\d{6,})\.(?:tar|documents\.npy)")
+
+
+def shard_number(file_name: str) -> int | None:
+    """Returns the number of the shard that a file of a folder belongs to, None where to none."""
+    found = _SHARD_FILE.fullmatch(file_name)
+    return int(found[1]) if found else None
+
+
+def shard_name(number: int) -> str:
+    """Returns what the files of a shard are called after."""
+    return f"shard-{number:06d}"
+
+
+def tar_name(number: int) -> str:
+    """Returns the file name of a shard's tar."""
+    return f"{shard_name(number)}.tar"
+
+
+def table_name(number: int) -> str:
+    """Returns the file name of a shard's document table."""
+    return f"{shard_name(number)}.documents.npy"
 
 
 class Shard(NamedTuple):
@@ -63,17 +88,17 @@ class Shard(NamedTuple):
     @property
     def name(self) -> str:
         """File name without ending: NAME.tar and NAME.documents.npy."""
-        return f"shard-{self.number:06d}"
+        return shard_name(self.number)
 
     @property
     def tar_name(self) -> str:
         """Name of the tar file."""
-        return f"{self.name}.tar"
+        return tar_name(self.number)
 
     @property
     def table_name(self) -> str:
         """Name of the document table."""
-        return f"{self.name}.documents.npy"
+        return table_name(self.number)
 
     @property
     def num_stream_tokens(self) -> int:
@@ -283,8 +308,7 @@ def _checked(entry: dict[str, Any]) -> dict[str, Any]:
 
 def encode_index(index: ShardIndex) -> dict[str, bytes]:
     """Returns the files of an index by name, in the order in which they must be written."""
-    stored = io.BytesIO()
-    np.save(stored, index.shards.rows, allow_pickle=False)
+    stored = save_array(index.shards.rows)
     header = {
         "format": FORMAT,
         "version": VERSION,
@@ -297,12 +321,12 @@ def encode_index(index: ShardIndex) -> dict[str, bytes]:
         "max_token_id": index.max_token_id,
         "token_dtype": index.token_dtype,
         "tokenizer_sha256": index.tokenizer_sha256,
-        "shards_sha256": hashlib.sha256(stored.getvalue()).hexdigest(),
+        "shards_sha256": hashlib.sha256(stored).hexdigest(),
         "domains": {name: index.domains[name]._asdict() for name in sorted(index.domains)},
     }
     header["index_sha256"] = _header_digest(header)
     text = json.dumps(header, indent=2, ensure_ascii=False) + "\n"
-    return {SHARDS_FILE: stored.getvalue(), INDEX_FILE: text.encode("utf-8")}
+    return {SHARDS_FILE: stored, INDEX_FILE: text.encode("utf-8")}
 
 
 def _entries_once(entries: list[tuple[str, Any]]) -> dict[str, Any]:

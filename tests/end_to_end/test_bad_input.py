@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from data_pipeline import open_samples, read_index
-from data_pipeline.shard_format.records import decode_table
+from data_pipeline.shard_format.table import decode_table
 from megadlcm.commands.main import main
 from megadlcm.config import load_config
 from megadlcm.model import build_model

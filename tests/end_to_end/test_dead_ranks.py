@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.shard_format.records import decode_table
+from data_pipeline.shard_format.table import decode_table
 from tests.support.distributed import free_port, rank_environment
 from tests.support.train_processes import last_step, write_run_file
 

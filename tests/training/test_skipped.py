@@ -14,7 +14,7 @@ import pytest
 
 from data_pipeline import open_samples
 from data_pipeline.errors import DamagedDataError
-from data_pipeline.shard_format.records import decode_table
+from data_pipeline.shard_format.table import decode_table
 from megadlcm.config import RunConfig
 from megadlcm.parallel.process_group import join_process_group
 from megadlcm.training import pretrain

@@ -20,7 +20,7 @@ from data_pipeline.inspection.preview import (
     shorten,
 )
 from data_pipeline.reading.sources import read_tokenizer
-from data_pipeline.shard_format.records import decode_table
+from data_pipeline.shard_format.table import decode_table
 from data_pipeline.storage.open import open_storage
 from tests.support.tiny_shards import TEXTS, config_of, one_line
 

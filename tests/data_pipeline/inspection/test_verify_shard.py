@@ -20,15 +20,14 @@ from data_pipeline.inspection.verify_shard import (
     verify_shard,
 )
 from data_pipeline.shard_format.index import Shard
-from data_pipeline.shard_format.records import (
-    BLOCK_BYTES,
+from data_pipeline.shard_format.records import encode_record
+from data_pipeline.shard_format.table import (
     CHECKSUM_TOKENS,
     DOCUMENT_DTYPE,
-    archive_end,
     decode_table,
-    encode_record,
     encode_table,
 )
+from data_pipeline.shard_format.tar import BLOCK_BYTES, archive_end
 from data_pipeline.storage.interface import StorageOptions
 from data_pipeline.storage.local import LocalFile
 from data_pipeline.storage.open import open_storage

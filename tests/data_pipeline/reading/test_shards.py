@@ -19,7 +19,7 @@ from data_pipeline.inspection.verify import verify_folder
 from data_pipeline.reading.shards import ShardReader, open_documents
 from data_pipeline.reading.sources import check_sources
 from data_pipeline.shard_format.index import Shard, ShardIndex, _header_digest
-from data_pipeline.shard_format.records import CHECKSUM_TOKENS, decode_table
+from data_pipeline.shard_format.table import CHECKSUM_TOKENS, decode_table
 from data_pipeline.storage.open import open_storage
 from tests.support.tiny_shards import NUMBERED_VOCAB, config_of, numbered_documents, one_line
 

@@ -28,7 +28,7 @@ from data_pipeline.inspection.verify import verify_folder
 from data_pipeline.reading.batch import Sample
 from data_pipeline.reading.samples import SampleReader
 from data_pipeline.reading.sources import check_sources
-from data_pipeline.shard_format.records import CHECKSUM_TOKENS
+from data_pipeline.shard_format.table import CHECKSUM_TOKENS
 from tests.support.tiny_shards import NUMBERED_VOCAB, config_of, write_numbered_folder
 
 LENGTHS = [3, 5, 40, 1, 9, 2 * CHECKSUM_TOKENS + 50, 30, 2]

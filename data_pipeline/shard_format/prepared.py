@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 PREPARED_FILE = "prepared.json"
@@ -28,6 +29,14 @@ def decode_prepared(contents: bytes) -> dict[str, Any]:
         if encode_prepared(facts) == contents:
             return facts
     raise ValueError("not the one that was written with the shards")
+
+
+def read_prepared(folder: Path) -> dict[str, Any]:
+    """Returns what a finished folder says of its making; empty where it does not."""
+    try:
+        return decode_prepared((folder / PREPARED_FILE).read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return {}
 
 
 def _digest(facts: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Document tables are read by many threads at once."""
+"""Arrays are what numpy writes, and are read by many threads at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline.shard_format import records
+from data_pipeline.shard_format.array import array_header, load_array, save_array
 
 
 def test_headers_of_arrays_are_parsed_by_one_thread_at_a_time(
@@ -37,7 +37,7 @@ def test_headers_of_arrays_are_parsed_by_one_thread_at_a_time(
     def load() -> None:
         ready.wait()
         for _ in range(5):
-            found.append(records.load_array(io.BytesIO(stored.getvalue())).tolist())
+            found.append(load_array(io.BytesIO(stored.getvalue())).tolist())
 
     threads = [threading.Thread(target=load) for _ in range(4)]
     for thread in threads:
@@ -45,3 +45,17 @@ def test_headers_of_arrays_are_parsed_by_one_thread_at_a_time(
     for thread in threads:
         thread.join()
     assert found == [[0, 1, 2]] * 20 and most == 1
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<u4"])
+@pytest.mark.parametrize("length", [1, 7, 9, 10, 99, 1000, 123_456])
+def test_a_header_and_the_items_are_what_numpy_saves(dtype: str, length: int) -> None:
+    tokens = np.arange(length).astype(dtype)
+    assert array_header(tokens.dtype.str, length) + tokens.tobytes() == save_array(tokens)
+    assert array_header(tokens.dtype.str, length + 1) != array_header(tokens.dtype.str, length)
+
+
+@pytest.mark.parametrize("contents", [b"", b"\x93NUMPY", save_array(np.arange(9))[:-1], b"x" * 200])
+def test_what_is_no_array_is_refused(contents: bytes) -> None:
+    with pytest.raises(ValueError, match="no array"):
+        load_array(io.BytesIO(contents))
