@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from data_pipeline.prepare.write_shards import Prepared, PrepareOptions, prepare
 from data_pipeline.reading.shards import open_documents
 from data_pipeline.storage.locks import FileLock
 from data_pipeline.tokenizer import load_tokenizer
+from tests.support.prepare_process import Disturbance, start_prepare
 from tests.support.tiny_shards import TEXTS
 
 NUM_FILES = 7
@@ -136,40 +136,29 @@ def test_ranges_cover_every_digest_once(tmp_path: Path, monkeypatch: pytest.Monk
         assert deduplicate.duplicates_of(work, 1).tolist() == [10, 11, 12, 13, 14]
 
 
-TASK = """
-import sys
-from pathlib import Path
-from data_pipeline.prepare import deduplicate
-from data_pipeline.prepare.write_shards import PrepareOptions, prepare
-deduplicate.LOOK_AGAIN_SECONDS = 0.01
-texts, tokenizer, output, task, num_tasks = sys.argv[1:]
-options = PrepareOptions((texts,), Path(tokenizer), Path(output), shard_tokens=100, part_bytes=900,
-    skip_empty=True, deduplicate=True, task=int(task), num_tasks=int(num_tasks))
-if {killed}:
-    import os, signal
-    write, calls = deduplicate._write_array, []
-    def kill(*given):
-        calls.append(write(*given))
-        if len(calls) == {killed}:
-            os.kill(os.getpid(), signal.SIGKILL)
-    deduplicate._write_array = kill
-prepare(options)
-"""
-
-
 def test_one_task_does_what_others_left_and_two_share_it(
     tokenizer_file: Path, tmp_path: Path
 ) -> None:
     """A task killed at its digests, or never started, holds nobody up."""
     write_corpus(tmp_path / "texts", 1)
-    texts = str(tmp_path / "texts" / "*")
+    alone = PrepareOptions(
+        (str(tmp_path / "texts" / "*"),),
+        tokenizer_file,
+        tmp_path / "alone",
+        shard_tokens=100,
+        part_bytes=900,
+        skip_empty=True,
+        deduplicate=True,
+    )
 
     def start(task: int, output: str, killed: int = 0, num_tasks: int = 3) -> subprocess.Popen[str]:
-        words = (texts, tokenizer_file, tmp_path / output, task, num_tasks)
-        code = TASK.replace("{killed}", str(killed))
-        return subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, words)], stderr=subprocess.PIPE, text=True
+        options = replace(alone, output=tmp_path / output, task=task, num_tasks=num_tasks)
+        writes = "data_pipeline.prepare.deduplicate.write_durably"
+        disturbance = Disturbance(
+            settings={"data_pipeline.prepare.deduplicate.LOOK_AGAIN_SECONDS": 0.01},
+            kill_after=(writes, killed) if killed else None,
         )
+        return start_prepare(options, disturbance, stderr=subprocess.PIPE)
 
     def files(folder: str) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +14,7 @@ from data_pipeline import read_index
 from data_pipeline.errors import InputError, StorageError
 from data_pipeline.inspection.verify import verify_folder
 from data_pipeline.prepare.write_shards import PrepareOptions, prepare
+from tests.support.prepare_process import Disturbance, start_prepare
 from tests.support.tiny_shards import TEXTS, one_line, write_jsonl
 
 MakeShards = Callable[..., Path]
@@ -104,34 +103,14 @@ def test_a_failed_prepare_leaves_no_index(make_shards: MakeShards, tmp_path: Pat
         read_index(folder)
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from data_pipeline.prepare import parts, publish, write_shards
-
-owner, name = {place}
-sound, calls = getattr(owner, name), 0
-
-def kill(*arguments):
-    global calls
-    sound(*arguments)
-    calls += 1
-    if calls == {call}:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-setattr(owner, name, kill)
-write_shards.prepare(write_shards.PrepareOptions(
-    (sys.argv[1],), Path(sys.argv[2]), Path(sys.argv[3]), shard_tokens=100, overwrite=True))
-"""
-CLOSING = "parts.PartWriter, '_close_shard'"
-PUBLISHING = "publish, 'sync_path'"
+CLOSING = "data_pipeline.prepare.parts.PartWriter._close_shard"
+PUBLISHING = "data_pipeline.prepare.publish.sync_path"
 
 
-def killed_prepare(place: str, call: int, *arguments: Path) -> None:
-    """Prepares with --overwrite in a process that is killed after some call of a function."""
-    code = KILLED.format(place=place, call=call)
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+def killed_prepare(function: str, call: int, options: PrepareOptions) -> None:
+    """Prepares in a process that is killed after some call of a function."""
+    child = start_prepare(options, Disturbance(kill_after=(function, call)))
+    assert child.wait() == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("earlier", [False, True])
@@ -144,12 +123,13 @@ def test_a_killed_prepare_leaves_what_was_there(
     if earlier:
         prepare(PrepareOptions((str(source),), tokenizer_file, output, shard_tokens=70))
     before = finished_files(output)
-    killed_prepare(CLOSING, 3, source, tokenizer_file, output)
+    options = PrepareOptions(
+        (str(source),), tokenizer_file, output, shard_tokens=100, overwrite=True
+    )
+    killed_prepare(CLOSING, 3, options)
     assert len(list(output.glob(".unfinished/parts/000000/*.tar"))) == 3
     assert finished_files(output) == before and bool(before) == earlier
-    options = PrepareOptions(
-        (str(source),), tokenizer_file, output, shard_tokens=10_000, overwrite=True
-    )
+    options = replace(options, shard_tokens=10_000)
     prepare(options)
     prepare(replace(options, output=tmp_path / "undisturbed"))
     assert files(output) == files(tmp_path / "undisturbed")
@@ -164,7 +144,7 @@ def test_a_folder_killed_between_its_old_and_its_new_shards_is_unfinished(
     output = tmp_path / "shards"
     options = PrepareOptions((str(source),), tokenizer_file, output, shard_tokens=100)
     prepare(replace(options, shard_tokens=70))
-    killed_prepare(PUBLISHING, call, source, tokenizer_file, output)
+    killed_prepare(PUBLISHING, call, replace(options, overwrite=True))
     assert (output / ".unfinished").exists() and list(output.glob("*.tar"))
     with pytest.raises(InputError, match=r"no index\.json"):
         read_index(output)

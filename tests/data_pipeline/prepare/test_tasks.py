@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from argparse import ArgumentParser
 from collections.abc import Iterator
@@ -25,6 +25,7 @@ from data_pipeline.prepare import parts
 from data_pipeline.prepare.work_folder import WorkFolder
 from data_pipeline.prepare.write_shards import PrepareOptions, prepare
 from data_pipeline.storage.locks import FileLock
+from tests.support.prepare_process import Disturbance, start_prepare
 from tests.support.tiny_shards import TEXTS, one_line, write_jsonl
 
 NUM_FILES = 6
@@ -179,31 +180,13 @@ def test_work_by_another_plan_is_not_mixed_with(
     assert not (options.output / ".unfinished").exists()
 
 
-HELD = """
-import sys, time
-from pathlib import Path
-from data_pipeline.prepare import write_shards
-from data_pipeline.prepare.parts import PartWriter
-
-def stop(*_):
-    print("at it", flush=True)
-    time.sleep(600)
-
-PartWriter.add = stop
-texts, tokenizer, output, task = sys.argv[1:]
-write_shards.prepare(write_shards.PrepareOptions((texts,), Path(tokenizer), Path(output),
-    shard_tokens=120, part_bytes=1, task=int(task), num_tasks=2))
-"""
-
-
 @contextmanager
 def living(options: PrepareOptions, task: int) -> Iterator[subprocess.Popen[str]]:
     """A process that is at the first part of its task until it is killed."""
-    words = [options.inputs[0], options.tokenizer, options.output, task]
-    command = [sys.executable, "-c", HELD, *map(str, words)]
-    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE) as child:
+    own = replace(options, task=task, num_tasks=2)
+    with start_prepare(own, Disturbance(hold=True), stdout=subprocess.PIPE) as child:
         try:
-            assert child.stdout.readline() == "at it\n"
+            assert child.stdout.readline() == "[]\n"
             yield child
         finally:
             child.kill()
@@ -276,15 +259,10 @@ def test_a_full_disk_is_named_and_the_work_goes_on_when_there_is_room(
 
 def test_workers_end_with_a_parent_that_was_killed(options: PrepareOptions, tmp_path: Path) -> None:
     """Nobody else would end them."""
-    code = HELD.replace("num_tasks=2", "num_tasks=2, workers=2").replace(
-        'print("at it", flush=True)',
-        "import multiprocessing as m; print(*[c.pid for c in m.active_children()], flush=True)",
-    )
-    words = [options.inputs[0], options.tokenizer, options.output, 0]
-    command = [sys.executable, "-c", code, *map(str, words)]
-    pipe, nothing = subprocess.PIPE, subprocess.DEVNULL  # its trackers complain of its end
-    with subprocess.Popen(command, text=True, stdout=pipe, stderr=nothing) as parent:
-        workers = [int(word) for word in parent.stdout.readline().split()]
+    own = replace(options, num_tasks=2, workers=2)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}  # trackers complain of it
+    with start_prepare(own, Disturbance(hold=True), **pipes) as parent:
+        workers = json.loads(parent.stdout.readline())
         assert len(workers) == 2 and all(map(alive, workers))
         parent.kill()
     deadline = time.monotonic() + 60
