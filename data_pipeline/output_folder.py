@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 from data_pipeline.errors import InputError
 
@@ -26,7 +27,8 @@ def make_output_folder(folder: Path, key: str) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
     raise InputError(
-        f"{key} {folder}: must be a folder that can be written to ({reason}); choose another one"
+        f"{key} {folder}: must be a folder that can be written to ({reason}); choose another one",
+        key=key.removesuffix(" ="),
     )
 
 
@@ -35,10 +37,17 @@ def write_durably(path: Path, contents: bytes) -> None:
     unfinished = path.with_name(f"{path.name}.unfinished")
     with open(unfinished, "wb") as file:
         file.write(contents)
-        file.flush()
-        os.fsync(file.fileno())
+        close_durably(file)
+    # The name is given to bytes that are on the disk, and it lasts when its folder is there too.
     os.replace(unfinished, path)
     sync_path(path.parent)
+
+
+def close_durably(file: BinaryIO) -> None:
+    """Closes a file that was written piece by piece when its bytes are on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
 
 
 def sync_path(path: Path) -> None:

@@ -21,8 +21,8 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from data_pipeline.prepare.documents import EMPTY, TextDocument, empty_document, piece_documents
-from data_pipeline.prepare.pieces import Piece
+from data_pipeline.prepare.documents import EMPTY, empty_document, piece_documents
+from data_pipeline.prepare.formats.format import Piece, TextDocument
 from data_pipeline.shard_format.records import encode_record
 from data_pipeline.shard_format.table import DOCUMENT_DTYPE
 from data_pipeline.tokenizer import Tokenizer, decode_tokenizer

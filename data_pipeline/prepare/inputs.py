@@ -6,42 +6,13 @@ import glob
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from data_pipeline.errors import InputError
+from data_pipeline.prepare.formats.format import InputFile
+from data_pipeline.prepare.formats.known import ENDINGS, format_named
 
-TEXT_ENDINGS = (".txt", ".txt.gz", ".txt.zst")
-LINE_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-ROW_ENDINGS = (".parquet",)
-RECORD_ENDINGS = (*LINE_ENDINGS, *ROW_ENDINGS)
-ENDINGS = (*TEXT_ENDINGS, *RECORD_ENDINGS)
 LINKS = "symbolic links"
-
-Kind = Literal["tree", "text", "lines", "rows"]
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """One file found by an --input."""
-
-    path: Path
-    relative: str
-    """Path below the fixed part of the pattern: the same wherever the corpus lies."""
-    num_bytes: int
-    """Size as stored."""
-    tree: str = ""
-    """Name of the source tree it belongs to; empty for inputs of documents."""
-
-    @property
-    def kind(self) -> Kind:
-        """What its bytes are: a file of a source tree, a text, JSON lines or Parquet rows."""
-        if self.tree:
-            return "tree"
-        if self.path.name.endswith(ROW_ENDINGS):
-            return "rows"
-        return "lines" if self.path.name.endswith(LINE_ENDINGS) else "text"
 
 
 def find_inputs(patterns: Sequence[str], left_out: Counter[str]) -> list[InputFile]:
@@ -120,13 +91,15 @@ def _tree_files(root: Path, left_out: Counter[str]) -> list[InputFile]:
         linked = sum(os.path.islink(os.path.join(folder, name)) for name in (*folders, *names))
         if linked:
             left_out[LINKS] += linked
-    shards = [name for name in relative if os.sep not in name and name.endswith(RECORD_ENDINGS)]
-    if shards:
-        ending = "*.parquet" if min(shards).endswith(ROW_ENDINGS) else "*.jsonl*"
-        raise InputError(
-            f"--input {root}: a directory is read as a source tree, but it holds {min(shards)}; "
-            f"write --input '{root}/{ending}' to read its records"
-        )
+    # Files of records beside a tree's would become documents as they stand, JSON and all.
+    own = {name: format_named(name) for name in sorted(relative) if os.sep not in name}
+    for name, kind in own.items():
+        if kind is not None and kind.pattern:
+            raise InputError(
+                f"--input {root}: a directory is read as a source tree, but it holds {name}; "
+                f"write --input '{root}/{kind.pattern}' to read its records",
+                key="--input",
+            )
     paths = [(name, root / name) for name in relative]
     regular = [name for name, path in paths if path.is_file() and not path.is_symlink()]
     if not regular:

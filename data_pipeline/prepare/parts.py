@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from dataclasses import dataclass, field
@@ -18,9 +17,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data_pipeline.output_folder import write_durably
+from data_pipeline.output_folder import close_durably, write_durably
 from data_pipeline.prepare.encode import Batch, EncodedBatch
-from data_pipeline.prepare.pieces import BEGINNING, Position
+from data_pipeline.prepare.formats.format import BEGINNING, Position
 from data_pipeline.shard_format.index import SHARD_DTYPE, DomainCounts, count_domain
 from data_pipeline.shard_format.table import encode_table
 from data_pipeline.shard_format.tar import archive_end
@@ -234,9 +233,7 @@ class PartWriter:
         if shard is None:
             raise AssertionError("no shard is open")
         shard.write(archive_end(shard.size))
-        shard.file.flush()
-        os.fsync(shard.file.fileno())
-        shard.file.close()
+        close_durably(shard.file)  # before the file that makes the shard count
         rows, names = np.concatenate(shard.rows), list(shard.domains)
         table = encode_table(rows, np.concatenate(shard.checksums), names)
         write_durably(table_file(self._folder, number), table)

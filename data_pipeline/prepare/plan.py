@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from data_pipeline.prepare.encode import DocumentRules
-from data_pipeline.prepare.inputs import InputFile
+from data_pipeline.prepare.formats.format import InputFile
 
 VERSION = 1
 

@@ -19,9 +19,10 @@ from data_pipeline.output_folder import make_output_folder
 from data_pipeline.prepare.deduplicate import duplicates_of, find_duplicates
 from data_pipeline.prepare.documents import describe_left_out
 from data_pipeline.prepare.encode import Batch, DocumentRules, Encoders, encode_batch, make_batches
+from data_pipeline.prepare.formats.format import Piece, Position
 from data_pipeline.prepare.inputs import find_inputs
 from data_pipeline.prepare.parts import PartWriter, resume_part
-from data_pipeline.prepare.pieces import Piece, Position, ReadProgress, read_pieces
+from data_pipeline.prepare.pieces import ReadProgress, read_pieces
 from data_pipeline.prepare.plan import Plan
 from data_pipeline.prepare.publish import is_decided, is_published, publish, published
 from data_pipeline.prepare.work_folder import DIGESTS_FILE, PART_LOCK, WorkFolder

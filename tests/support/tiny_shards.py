@@ -12,11 +12,9 @@ import numpy as np
 import pytest
 
 from data_pipeline.config import DataConfig, SourceConfig
-from data_pipeline.prepare.documents import TextDocument
 from data_pipeline.prepare.encode import Batch, DocumentRules, join_records
-from data_pipeline.prepare.inputs import InputFile
+from data_pipeline.prepare.formats.format import BEGINNING, InputFile, Piece, TextDocument
 from data_pipeline.prepare.parts import PartState, PartWriter
-from data_pipeline.prepare.pieces import BEGINNING, Piece
 from data_pipeline.prepare.plan import Plan
 from data_pipeline.prepare.publish import publish
 from data_pipeline.prepare.work_folder import WorkFolder

@@ -12,7 +12,8 @@ import pytest
 import zstandard
 
 from data_pipeline.errors import InputError
-from data_pipeline.prepare.documents import TextDocument, describe_left_out, read_documents
+from data_pipeline.prepare.documents import describe_left_out, read_documents
+from data_pipeline.prepare.formats.format import TextDocument
 from data_pipeline.prepare.inputs import find_inputs
 from data_pipeline.prepare.pieces import ReadProgress
 from tests.support.tiny_shards import TEXTS, one_line, write_jsonl

@@ -21,8 +21,7 @@ from data_pipeline.prepare.encode import (
     encode_batch,
     make_batches,
 )
-from data_pipeline.prepare.inputs import InputFile
-from data_pipeline.prepare.pieces import Piece, Position
+from data_pipeline.prepare.formats.format import InputFile, Piece, Position
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from tests.support.tiny_shards import TEXTS
 

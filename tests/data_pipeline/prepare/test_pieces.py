@@ -14,9 +14,10 @@ import zstandard
 
 from data_pipeline.errors import InputError, StorageError
 from data_pipeline.prepare import pieces as pieces_module
-from data_pipeline.prepare.documents import TextDocument, piece_documents
-from data_pipeline.prepare.inputs import InputFile, find_inputs
-from data_pipeline.prepare.pieces import BEGINNING, Piece, Position, ReadProgress, read_pieces
+from data_pipeline.prepare.documents import piece_documents
+from data_pipeline.prepare.formats.format import BEGINNING, InputFile, Piece, Position, TextDocument
+from data_pipeline.prepare.inputs import find_inputs
+from data_pipeline.prepare.pieces import ReadProgress, read_pieces
 from tests.support.tiny_shards import one_line
 
 LINES = [json.dumps({"text": f"{number} " + "word " * (number * 7 % 40)}) for number in range(60)]
@@ -119,7 +120,7 @@ def test_a_failing_read_is_the_storages_fault(
     def failing(*_: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(pieces_module, "_chunks", failing)
+    monkeypatch.setattr("data_pipeline.prepare.formats.text.plain_chunks", failing)
     with pytest.raises(StorageError, match=r"a\.txt: cannot be read \(Input/output error") as error:
         list(read_pieces(files, ReadProgress()))
     one_line(error)

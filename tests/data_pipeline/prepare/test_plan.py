@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.prepare.encode import DocumentRules
-from data_pipeline.prepare.inputs import InputFile
+from data_pipeline.prepare.formats.format import InputFile
 from data_pipeline.prepare.plan import Plan
 
 

@@ -17,7 +17,7 @@ import pytest
 from data_pipeline import open_samples, read_index
 from data_pipeline.config import SourceConfig
 from data_pipeline.errors import InputError
-from data_pipeline.prepare.documents import TextDocument
+from data_pipeline.prepare.formats.format import TextDocument
 from data_pipeline.prepare.write_shards import PrepareOptions, prepare
 from data_pipeline.reading.shards import open_documents
 from data_pipeline.tokenizer import load_tokenizer

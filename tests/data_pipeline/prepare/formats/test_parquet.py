@@ -11,9 +11,10 @@ import pyarrow.parquet
 import pytest
 
 from data_pipeline.errors import InputError
-from data_pipeline.prepare.documents import TextDocument, read_documents
+from data_pipeline.prepare.documents import read_documents
+from data_pipeline.prepare.formats.format import TextDocument
+from data_pipeline.prepare.formats.parquet import BATCH_ROWS
 from data_pipeline.prepare.inputs import find_inputs
-from data_pipeline.prepare.parquet import BATCH_ROWS
 from data_pipeline.prepare.pieces import ReadProgress
 from tests.support.tiny_shards import TEXTS, one_line, write_jsonl
 

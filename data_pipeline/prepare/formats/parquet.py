@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
-
-import pyarrow
-import pyarrow.parquet
+from typing import IO, TYPE_CHECKING
 
 from data_pipeline.errors import InputError
+from data_pipeline.prepare.formats.fields import record_document
+from data_pipeline.prepare.formats.format import Piece, TextDocument
+
+# pyarrow is loaded by the functions that need it: no other format should wait for it.
+if TYPE_CHECKING:
+    import pyarrow
 
 COLUMNS = ("text", "id", "domain", "source")
 BATCH_ROWS = 256
 """Rows decoded at once: texts of books, too, must fit into memory."""
 
 
-def read_rows(
+def cut_rows(
     path: Path, raw: IO[bytes], skip: int, piece_bytes: int
 ) -> Iterator[tuple[int, bytes, int]]:
     """Yields (rows of the file before, rows in Arrow's stream format, number of rows).
@@ -30,6 +33,9 @@ def read_rows(
     Raises:
         InputError: not a Parquet file, a damaged one, or no column of texts.
     """
+    import pyarrow
+    import pyarrow.parquet
+
     try:
         with pyarrow.parquet.ParquetFile(raw, page_checksum_verification=True) as file:
             columns = _columns(path, file.schema_arrow)
@@ -67,6 +73,8 @@ def _pieces(
 
 def _encoded(batches: list[pyarrow.RecordBatch], end: int) -> tuple[int, bytes, int]:
     """Returns a piece whose last row is the one before row `end` of the file."""
+    import pyarrow
+
     num_rows = sum(batch.num_rows for batch in batches)
     sink = pyarrow.BufferOutputStream()
     with pyarrow.ipc.new_stream(sink, batches[0].schema) as stream:
@@ -77,6 +85,8 @@ def _encoded(batches: list[pyarrow.RecordBatch], end: int) -> tuple[int, bytes, 
 
 def _columns(path: Path, schema: pyarrow.Schema) -> list[str]:
     """Returns the columns to read after checking that there are texts."""
+    import pyarrow
+
     if "text" not in schema.names:
         raise InputError(
             f"{path}: no column `text`, every row must have one (it has: "
@@ -89,22 +99,20 @@ def _columns(path: Path, schema: pyarrow.Schema) -> list[str]:
     return [name for name in COLUMNS if name in schema.names]
 
 
-def decode_rows(contents: bytes, path: Path, first: int) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a piece as records whose "text" is a string.
-
-    Args:
-        contents: the piece.
-        path: the file, for messages.
-        first: rows of the file before the piece.
+def row_documents(piece: Piece, domain: str) -> Iterator[tuple[int, TextDocument]]:
+    """Yields the documents of the rows.
 
     Raises:
         InputError: a row without a text, or one that is not UTF-8; names file and row.
     """
-    table = pyarrow.ipc.open_stream(contents).read_all()
+    import pyarrow
+
+    table = pyarrow.ipc.open_stream(piece.contents).read_all()
     columns = [table.column(name) for name in table.column_names]
     for at in range(table.num_rows):
-        origin = f"{path}: row {first + at + 1}"
+        origin = f"{piece.file.path}: row {piece.start.record + at + 1}"
         try:
+            # Value by value: Arrow checks no text, so that one bad row would spoil them all.
             values = [column[at].as_py() for column in columns]
         except UnicodeDecodeError as error:
             raise InputError(
@@ -114,4 +122,4 @@ def decode_rows(contents: bytes, path: Path, first: int) -> Iterator[dict[str, A
         record = dict(zip(table.column_names, values, strict=True))
         if record["text"] is None:
             raise InputError(f"{origin}: text is null, every row must have one; remove the row")
-        yield record
+        yield at, record_document(record, piece, at, domain, origin)

@@ -1,0 +1,66 @@
+"""Input files as they were before they were compressed; each flaw named with its file."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from data_pipeline.errors import InputError
+
+COMPRESSED_BYTES = 1 << 17
+"""Read at once where the library hands out all that they hold."""
+
+
+def plain_chunks(path: Path, raw: IO[bytes], size: int) -> Iterator[bytes]:
+    """Yields the contents of a plain, gzip or zstd file.
+
+    Args:
+        path: the file, whose name tells how it is compressed.
+        raw: the same, opened.
+        size: bytes at a time; those of a zstd file come as they are packed.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    try:
+        if path.name.endswith(".gz"):
+            with gzip.GzipFile(fileobj=raw) as plain:
+                while chunk := plain.read(size):
+                    yield chunk
+        elif path.name.endswith(".zst"):
+            yield from _zstd_chunks(path, raw)
+        else:
+            while chunk := raw.read(size):
+                yield chunk
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _zstd_chunks(path: Path, raw: IO[bytes]) -> Iterator[bytes]:
+    import zstandard  # only needed for .zst inputs
+
+    # Frame by frame: the library's stream reader takes a file cut inside a frame for a whole one.
+    frame = zstandard.ZstdDecompressor().decompressobj()
+    inside, chunk = False, raw.read(COMPRESSED_BYTES)
+    try:
+        while chunk:
+            inside = True
+            yield frame.decompress(chunk)
+            chunk = b""
+            if frame.eof:
+                inside, chunk = False, frame.unused_data
+                frame = zstandard.ZstdDecompressor().decompressobj()
+            chunk = chunk or raw.read(COMPRESSED_BYTES)
+    except zstandard.ZstdError as error:
+        raise _damaged(path, str(error)) from error
+    if inside:
+        raise _damaged(path, "the file ends inside a compressed frame")
+
+
+def _damaged(path: Path, reason: str) -> InputError:
+    return InputError(
+        f"{path}: damaged compressed file ({' '.join(reason.split())}); fetch or compress it again"
+    )

@@ -1,0 +1,31 @@
+"""The table of formats: one row each, its functions in a file of its own."""
+
+from __future__ import annotations
+
+from data_pipeline.prepare.formats.format import Format, InputFile
+from data_pipeline.prepare.formats.lines import cut_lines, line_documents
+from data_pipeline.prepare.formats.parquet import cut_rows, row_documents
+from data_pipeline.prepare.formats.text import cut_nothing, text_document, tree_document
+
+TREE = Format((), cut_nothing, tree_document, domain="code")
+"""Any file below a directory."""
+
+FORMATS = (
+    Format((".txt", ".txt.gz", ".txt.zst"), cut_nothing, text_document),
+    Format((".jsonl", ".jsonl.gz", ".jsonl.zst"), cut_lines, line_documents, pattern="*.jsonl*"),
+    Format((".parquet",), cut_rows, row_documents, pattern="*.parquet"),
+)
+ENDINGS = tuple(ending for each in FORMATS for ending in each.endings)
+
+
+def format_named(name: str) -> Format | None:
+    """Returns the format of files that are called so, None where there is none."""
+    return next((each for each in FORMATS if name.endswith(each.endings)), None)
+
+
+def format_of(file: InputFile) -> Format:
+    """Returns the format of an input file: below a directory every file is one of a source tree."""
+    found = TREE if file.tree else format_named(file.path.name)
+    if found is None:
+        raise AssertionError(f"{file.path}: found as an input, and of no format")
+    return found

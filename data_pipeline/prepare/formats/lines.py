@@ -1,0 +1,85 @@
+"""JSON lines: an object a line, with a `text` and, if known, id, domain and source."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from data_pipeline.errors import InputError
+from data_pipeline.prepare.compression import plain_chunks
+from data_pipeline.prepare.formats.fields import bad_utf8, record_document
+from data_pipeline.prepare.formats.format import Piece, TextDocument
+
+
+def cut_lines(
+    path: Path, raw: IO[bytes], skip: int, piece_bytes: int
+) -> Iterator[tuple[int, bytes, int]]:
+    """Yields whole lines, about so many bytes of them at a time; blank ones count."""
+    record = 0
+    for contents in _whole_lines(plain_chunks(path, raw, piece_bytes), piece_bytes):
+        count = contents.count(b"\n") + (not contents.endswith(b"\n"))
+        hidden = min(max(skip - record, 0), count)
+        if hidden < count:
+            yield record + hidden, _behind_lines(contents, hidden), count - hidden
+        record += count
+
+
+def _behind_lines(contents: bytes, count: int) -> bytes:
+    at = 0
+    for _ in range(count):
+        at = contents.index(b"\n", at) + 1
+    return contents[at:]
+
+
+def _whole_lines(chunks: Iterator[bytes], piece_bytes: int) -> Iterator[bytes]:
+    """Yields the same bytes cut behind newlines; the last may have none."""
+    begun: list[bytes] = []
+    for chunk in chunks:
+        for at in range(0, len(chunk), piece_bytes):  # a chunk may hold far more than was read
+            part = chunk[at : at + piece_bytes]
+            end = part.rfind(b"\n") + 1
+            if end:
+                yield b"".join([*begun, part[:end]])
+                begun = []
+            begun.append(part[end:])
+    rest = b"".join(begun)
+    if rest:
+        yield rest
+
+
+def line_documents(piece: Piece, domain: str) -> Iterator[tuple[int, TextDocument]]:
+    """Yields the documents of the lines.
+
+    Raises:
+        InputError: bad UTF-8, bad JSON, no text, or a name that cannot be stored.
+    """
+    path, first = piece.file.path, piece.start.record
+    for offset, line in enumerate(piece.contents.split(b"\n")):
+        if line and not line.isspace():  # a blank line holds no record
+            origin = f"{path}:{first + offset + 1}"
+            record = _parse_record(line, origin)
+            yield offset, record_document(record, piece, offset, domain, origin)
+
+
+def _parse_record(line: bytes, origin: str) -> dict[str, Any]:
+    """Returns the JSON object of a line; its "text" is a string."""
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise bad_utf8(origin, error.start) from error
+    except (ValueError, RecursionError) as error:  # ValueError also for too long an integer
+        raise InputError(
+            f"{origin}: not JSON that can be read ({error}); every line must be an object with a "
+            "`text`; fix or remove the line"
+        ) from error
+    if not isinstance(record, dict):
+        kind = type(record).__name__
+        raise InputError(f"{origin}: a {kind}, must be an object with a `text`; fix the line")
+    if not isinstance(record.get("text"), str):
+        raise InputError(
+            f"{origin}: text = {str(record.get('text'))[:40]!r}, every record must have a string "
+            f"`text` (it has: {', '.join(sorted(record)) or 'nothing'}); add or rename the field"
+        )
+    return record
