@@ -86,8 +86,6 @@ def run_verify(arguments: argparse.Namespace) -> int:
     from data_pipeline.storage.open import open_storage
 
     workers = available_cores() if arguments.workers is None else arguments.workers
-    if workers < 1:
-        raise InputError(f"--workers {workers}: must be >= 1; give a count")
     location = arguments.location
     options = StorageOptions(cache_dir=arguments.cache_dir)
     index = read_index(location, open_storage(location, options))

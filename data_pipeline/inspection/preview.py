@@ -75,7 +75,10 @@ def preview_samples(
     """
     sources = data.sources(split)
     if not sources:
-        raise InputError(f"data.{split} = [], must name a shard folder; add {{path: FOLDER}}")
+        raise InputError(
+            f"data.{split} = [], must name a shard folder; add {{path: FOLDER}}",
+            key=f"data.{split}",
+        )
     mixture = Mixture(source_quotas(sources, split), data.seed or 0)
     readers = [
         _PreviewReader(SourceReader(source, data, data.seed or 0, key), data.on_damage == "skip")

@@ -11,6 +11,7 @@ import numpy as np
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import InputError
 from data_pipeline.inspection.played import BlockCost, PlayedSource
+from data_pipeline.options import check_least
 from data_pipeline.reading.mixture import Mixture, source_quotas
 from data_pipeline.reading.order import KEPT_SHARDS
 from data_pipeline.shard_format.index import read_index
@@ -94,13 +95,15 @@ class Simulator:
             StorageError: the storage does not answer.
         """
         if not data.train:
-            raise InputError("data.train = [], must name a shard folder; add {path: FOLDER}")
-        if start < 0:
-            raise InputError(f"--start {start}: must be >= 0; count from the run's beginning")
+            raise InputError(
+                "data.train = [], must name a shard folder; add {path: FOLDER}", key="data.train"
+            )
+        check_least("--start", start, 0, "count from the run's beginning")
         if not 1 <= num_samples <= MOST_SAMPLES:
             raise InputError(
                 f"--samples {num_samples}: must be 1 to {MOST_SAMPLES}; play a longer stretch in "
-                "parts with --start"
+                "parts with --start",
+                key="--samples",
             )
         self.data, self.start, self.num_samples = data, start, num_samples
         self.mixture = Mixture(source_quotas(data.train, "train"), data.seed or 0)
@@ -192,7 +195,8 @@ class Simulator:
         if batch % ranks:
             raise InputError(
                 f"--data-parallel-size {ranks}: training.global_batch_size = {batch} must be a "
-                "multiple of it; change one of them"
+                "multiple of it; change one of them",
+                key="--data-parallel-size",
             )
         numbers: list[np.ndarray] = []
         shards: list[np.ndarray] = []

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from data_pipeline.errors import InputError, StorageError
 from data_pipeline.inspection.verify_shard import FolderFacts, ShardReport, verify_shard
+from data_pipeline.options import check_least
 from data_pipeline.progress import Progress, say
 from data_pipeline.reading.sources import read_tokenizer
 from data_pipeline.shard_format.index import DomainCounts, Shard, ShardIndex, count_domain
@@ -60,8 +61,10 @@ def verify_folder(
         One line each; an `Unread` where the storage did not give the bytes.
 
     Raises:
+        InputError: no such number of processes.
         RuntimeError: a verifying process was killed.
     """
+    check_least("--workers", workers, 1)
     storage = open_storage(index.location, options)
     yield from _tokenizer_problems(index, storage)
     yield from _prepared_problems(storage)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_pipeline.errors import InputError, StorageError
+from data_pipeline.options import check_least
 from data_pipeline.output_folder import make_output_folder
 from data_pipeline.prepare.deduplicate import duplicates_of, find_duplicates
 from data_pipeline.prepare.documents import describe_left_out
@@ -141,9 +142,7 @@ def prepare(options: PrepareOptions) -> Prepared:
 
 def _check_options(options: PrepareOptions) -> None:
     for name in ("shard_tokens", "workers", "part_bytes", "num_tasks", "min_tokens", "max_tokens"):
-        value: int | None = getattr(options, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} {value}: must be >= 1; give a count")
+        check_least(f"--{name.replace('_', '-')}", getattr(options, name), 1)
     if not 0 <= options.task < options.num_tasks:
         raise InputError(
             f"--task {options.task}: must be >= 0 and below --num-tasks {options.num_tasks}; "

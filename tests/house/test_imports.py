@@ -36,6 +36,7 @@ MAY_IMPORT = {
     ),
     "data_pipeline.prepare": (
         "data_pipeline.errors",
+        "data_pipeline.options",
         "data_pipeline.output_folder",
         "data_pipeline.progress",
         "data_pipeline.storage",
