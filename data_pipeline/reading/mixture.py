@@ -10,7 +10,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from data_pipeline.errors import InputError
-from data_pipeline.reading.order import MIXTURE_ORDER, LeastRecent, permutation
+from data_pipeline.reading.least_recent import LeastRecent
+from data_pipeline.reading.order import MIXTURE_ORDER, permutation
 
 MAX_PERIOD = 4096
 SPREAD = 64

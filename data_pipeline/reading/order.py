@@ -11,21 +11,16 @@ A document of n tokens takes n + 1 places of the stream (inputs [eos, t1..tn], l
 
 from __future__ import annotations
 
-import threading
 from bisect import bisect_right
-from collections.abc import Callable, Hashable
-from typing import Generic, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
-Key = TypeVar("Key", bound=Hashable)
-Value = TypeVar("Value")
+from data_pipeline.reading.least_recent import KEPT_SHARDS, LeastRecent
 
 # One number per purpose keeps the generators of a seed apart.
 SHARD_ORDER, DOCUMENT_ORDER, WINDOW_ORDER, MIXTURE_ORDER = range(4)
-
-KEPT_SHARDS = 32
-"""Shards whose documents are kept at hand: those that one shuffle block touches, and some more."""
 
 
 class WindowPlace(NamedTuple):
@@ -50,44 +45,6 @@ class Stretch(NamedTuple):
 Piece = tuple[int, int, int]
 """Document (row of its shard's table), first place and one past the last in the document's own
 stream of num_tokens + 1 places."""
-
-
-class LeastRecent(Generic[Key, Value]):
-    """Keeps the last `capacity` values it was asked for; making one again must change nothing.
-
-    For any number of threads: two of them may make the same value, one of which is kept.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        """Keeps at most `capacity` values."""
-        self._values: dict[Key, Value] = {}
-        self._capacity = capacity
-        self._lock = threading.Lock()
-
-    def get_or_make(self, key: Key, make: Callable[[], Value]) -> Value:
-        """Returns the value of the key, made where it is not kept."""
-        with self._lock:
-            if key in self._values:
-                value = self._values.pop(key)
-                self._values[key] = value  # reinserted last: dicts keep insertion order
-                return value
-        made = make()  # outside the lock: it may read a file
-        with self._lock:
-            value = self._values.pop(key, made)
-            self._values[key] = value
-            if len(self._values) > self._capacity:
-                self._values.pop(next(iter(self._values)))
-        return value
-
-    def forget(self, key: Key) -> None:
-        """Lets the value of a key go."""
-        with self._lock:
-            self._values.pop(key, None)
-
-    def clear(self) -> None:
-        """Lets every value go."""
-        with self._lock:
-            self._values.clear()
 
 
 def permutation(size: int, seed: int, *key: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from zlib import crc32
 import numpy as np
 
 from data_pipeline.errors import DamagedDataError
-from data_pipeline.reading.order import KEPT_SHARDS, LeastRecent
+from data_pipeline.reading.least_recent import KEPT_SHARDS, LeastRecent
 from data_pipeline.shard_format.index import Shard, ShardIndex, read_index
 from data_pipeline.shard_format.table import CHECKSUM_TOKENS, DocumentTable, decode_table
 from data_pipeline.shard_format.tar import BLOCK_BYTES

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from data_pipeline.progress import LineLimit, open_bar
 
 logger = logging.getLogger(__name__)
 
@@ -29,22 +27,11 @@ class ProgressReport:
         self.train_steps = train_steps
         self._first_step = first_step
         self._started = time.perf_counter()
-        self._last_line = 0.0
         self._enabled = enabled
-        self._bar: Progress | None = None
-        if enabled and sys.stderr.isatty():
-            self._bar = Progress(
-                TextColumn("[bold]train"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[numbers]}"),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-            )
-            self._task = self._bar.add_task(
-                "train", total=train_steps, completed=first_step, numbers=""
-            )
-            self._bar.start()
+        self._lines = LineLimit(_LINE_SECONDS, at_once=True)
+        self._bar = None
+        if enabled:
+            self._bar = open_bar("[bold]train", train_steps, first_step, self._steps(first_step))
 
     def show(self, row: dict[str, Any]) -> None:
         """Shows a training row; the log file gets a line for each."""
@@ -55,26 +42,27 @@ class ProgressReport:
         if not self._enabled:
             return
         if self._bar is not None:
-            self._bar.update(self._task, completed=row["step"], numbers=numbers)
+            self._bar.update(row["step"], f"{self._steps(row['step'])} {numbers}")
             return
-        now = time.perf_counter()
         edge = row["step"] in (self._first_step + 1, self.train_steps)
-        if edge or now - self._last_line >= _LINE_SECONDS:
-            self._last_line = now
+        if self._lines.allows(always=edge):
             print(line, flush=True)
 
     def say(self, line: str) -> None:
         """Shows one line above the bar, and logs it."""
         logger.info(line)
         if self._bar is not None:
-            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._bar.say(line)
         elif self._enabled:
             print(line, flush=True)
 
     def close(self) -> None:
         """Takes the bar down."""
         if self._bar is not None:
-            self._bar.stop()
+            self._bar.close()
+
+    def _steps(self, step: int) -> str:
+        return f"[progress.download]{step:{len(str(self.train_steps))}d}/{self.train_steps}[/]"
 
     def _remaining(self, step: int) -> str:
         done = step - self._first_step

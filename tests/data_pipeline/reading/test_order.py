@@ -7,7 +7,8 @@ from functools import partial
 import numpy as np
 import pytest
 
-from data_pipeline.reading.order import LeastRecent, SourceOrder, permutation
+from data_pipeline.reading.least_recent import LeastRecent
+from data_pipeline.reading.order import SourceOrder, permutation
 
 RECORDED = [1, 2, 4, 6, 5, 0, 7, 3]
 
