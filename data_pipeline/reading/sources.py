@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.config import DataConfig
-from data_pipeline.errors import DamagedDataError, InputError
+from data_pipeline.errors import InputError
 from data_pipeline.shard_format.index import Shard, ShardIndex, read_index
 from data_pipeline.shard_format.tar import BLOCK_BYTES, is_header
 from data_pipeline.storage.interface import Storage
@@ -150,19 +150,6 @@ def _damaged_shards(data: DataConfig, part: int, num_parts: int) -> Iterator[Dam
                 for shard_number, size, problem in seen[source.path]:
                     advice = f"see `megadlcm data verify {source.path}` and prepare it again"
                     yield DamagedShard(split, number, shard_number, size, f"{problem}; {advice}")
-
-
-def check_sources(data: DataConfig, vocab_size: int) -> SourceSummary:
-    """Does both checks in one process.
-
-    Raises:
-        InputError: the first thing found wrong.
-        StorageError: the storage does not answer.
-    """
-    summary = open_sources(data, vocab_size)
-    for found in check_shards(data):
-        raise DamagedDataError(found.problem)
-    return summary
 
 
 def shard_problem(storage: Storage, shard: Shard) -> str:

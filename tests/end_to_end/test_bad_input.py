@@ -20,7 +20,7 @@ from megadlcm.model import build_model
 from megadlcm.parallel.mesh import ParallelMesh
 from megadlcm.run_folder.checkpoints import verify_all
 from megadlcm.training import pretrain
-from tests.data_pipeline.reading.test_shards import change_index
+from tests.support.damage import change_index
 from tests.support.tiny_runs import VOCAB_SIZE, read_rows
 from tests.support.train_processes import START_SECONDS, start_command
 

@@ -18,8 +18,8 @@ from data_pipeline.reading.loader import StepLoader
 from data_pipeline.reading.packing import EMPTY_DOCUMENT
 from data_pipeline.reading.sources import check_shards
 from data_pipeline.shard_format.table import decode_table
-from tests.data_pipeline.reading.test_samples import epoch_of
-from tests.data_pipeline.reading.test_shards import flip
+from tests.support.damage import flip
+from tests.support.samples import epoch_of
 from tests.support.tiny_shards import EOS, config_of
 
 MakeNumbered = Callable[..., SourceConfig]

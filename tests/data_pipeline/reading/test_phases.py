@@ -14,7 +14,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.reading.batch import Sample
 from data_pipeline.reading.phases import Phase, first_phase, next_phases
 from data_pipeline.reading.samples import SampleReader
-from tests.data_pipeline.reading.test_samples import assert_trained_once
+from tests.support.samples import assert_trained_once
 from tests.support.tiny_shards import config_of, one_line, write_numbered_folder
 
 MakeNumbered = Callable[..., SourceConfig]

@@ -17,10 +17,11 @@ from data_pipeline.config import SourceConfig
 from data_pipeline.errors import DamagedDataError, InputError
 from data_pipeline.inspection.verify import verify_folder
 from data_pipeline.reading.shards import ShardReader, open_documents
-from data_pipeline.reading.sources import check_sources
-from data_pipeline.shard_format.index import Shard, ShardIndex, _header_digest
+from data_pipeline.shard_format.index import Shard, ShardIndex
 from data_pipeline.shard_format.table import CHECKSUM_TOKENS, decode_table
 from data_pipeline.storage.open import open_storage
+from tests.support.damage import change_index, flip
+from tests.support.samples import check_sources
 from tests.support.tiny_shards import NUMBERED_VOCAB, config_of, numbered_documents, one_line
 
 MakeNumbered = Callable[..., SourceConfig]
@@ -53,27 +54,10 @@ def reader_of(source: SourceConfig) -> ShardReader:
     return ShardReader(read_index(source.path, storage), storage)
 
 
-def change_index(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Changes the entries of an index as a wrong writer would: with a digest that fits."""
-    path = folder / "index.json"
-    contents = json.loads(path.read_text(encoding="utf-8"))
-    del contents["index_sha256"]
-    change(contents)
-    contents["index_sha256"] = _header_digest(contents)
-    path.write_text(json.dumps(contents), encoding="utf-8")
-
-
 def read_all(source: SourceConfig) -> None:
     """Reads a whole epoch and every document."""
     list(open_documents(source.path))
     list(islice(open_samples(config_of(source)), 8))
-
-
-def flip(path: Path, offset: int) -> None:
-    """Changes one byte of a file."""
-    contents = bytearray(path.read_bytes())
-    contents[offset] ^= 0x20
-    path.write_bytes(contents)
 
 
 def damage(source: SourceConfig, kind: str) -> Path:

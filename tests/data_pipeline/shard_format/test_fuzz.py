@@ -27,8 +27,8 @@ from data_pipeline.errors import DamagedDataError, InputError
 from data_pipeline.inspection.verify import verify_folder
 from data_pipeline.reading.batch import Sample
 from data_pipeline.reading.samples import SampleReader
-from data_pipeline.reading.sources import check_sources
 from data_pipeline.shard_format.table import CHECKSUM_TOKENS
+from tests.support.samples import check_sources
 from tests.support.tiny_shards import NUMBERED_VOCAB, config_of, write_numbered_folder
 
 LENGTHS = [3, 5, 40, 1, 9, 2 * CHECKSUM_TOKENS + 50, 30, 2]
