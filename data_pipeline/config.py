@@ -101,34 +101,42 @@ class DataConfig:
         """Checks the ranges and that no two sources of a list share a name."""
         for key in _COUNTS:
             if getattr(self, key) < 1:
-                raise InputError(f"data.{key} = {getattr(self, key)}, must be >= 1; give a count")
+                raise InputError(
+                    f"data.{key} = {getattr(self, key)}, must be >= 1; give a count",
+                    key=f"data.{key}",
+                )
         if self.on_damage not in ON_DAMAGE:
             raise InputError(
                 f"data.on_damage = {self.on_damage!r}, must be one of {', '.join(ON_DAMAGE)}; "
-                "choose one of them"
+                "choose one of them",
+                key="data.on_damage",
             )
         if self.max_skipped_tokens < 0:
             raise InputError(
-                f"data.max_skipped_tokens = {self.max_skipped_tokens}, must be >= 0; give a count"
+                f"data.max_skipped_tokens = {self.max_skipped_tokens}, must be >= 0; give a count",
+                key="data.max_skipped_tokens",
             )
         if not 0 < self.timeout_seconds < math.inf:
             raise InputError(
-                f"data.timeout_seconds = {self.timeout_seconds}, must be > 0; give seconds"
+                f"data.timeout_seconds = {self.timeout_seconds}, must be > 0; give seconds",
+                key="data.timeout_seconds",
             )
         if self.seed is not None and self.seed < 0:
-            raise InputError(f"data.seed = {self.seed}, must be >= 0; choose another seed")
+            raise InputError(
+                f"data.seed = {self.seed}, must be >= 0; choose another seed", key="data.seed"
+            )
         for split in ("train", "valid"):
             labels = [source.label for source in self.sources(split)]
             for label in labels:
                 if labels.count(label) > 1:
                     raise InputError(
                         f"data.{split}: two sources are called {label!r}, names must differ; "
-                        "give each its own `name`"
+                        "give each its own `name`",
+                        key=f"data.{split}",
                     )
 
     @property
     def storage(self) -> StorageOptions:
-        """How the shard folders are read."""
         return StorageOptions(
             attempts=self.read_attempts, cache_dir=self.cache_dir, cache_bytes=self.cache_bytes
         )

@@ -56,7 +56,6 @@ class Bar:
         self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Takes the bar down."""
         self._bar.stop()
 
 

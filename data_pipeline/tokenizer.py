@@ -115,7 +115,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     if vocab_size < SMALLEST_VOCAB:
         raise InputError(
             f"--vocab-size {vocab_size}: must be >= {SMALLEST_VOCAB} (256 bytes and "
-            f"{EOS_NAMES[0]}); choose a larger one"
+            f"{EOS_NAMES[0]}); choose a larger one",
+            key="--vocab-size",
         )
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -130,7 +131,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     texts = iter(texts)
     first = next(texts, None)
     if first is None:
-        raise InputError("--input: no documents to train on; check the pattern")
+        raise InputError("--input: no documents to train on; check the pattern", key="--input")
     backend.train_from_iterator(chain([first], texts), trainer)
     contents: bytes = backend.to_str(pretty=True).encode("utf-8")
     return contents

@@ -172,14 +172,19 @@ def _check_tokenizer_file(output: Path, overwrite: bool) -> None:
     from data_pipeline.shard_format.index import INDEX_FILE
 
     if output.is_dir():
-        raise InputError(f"--output {output}: is a folder, must be a file; add its name")
+        raise InputError(
+            f"--output {output}: is a folder, must be a file; add its name", key="--output"
+        )
     if (output.parent / INDEX_FILE).exists():
         raise InputError(
             f"--output {output}: {output.parent} holds finished shards, whose tokenizer must stay; "
-            "choose another folder"
+            "choose another folder",
+            key="--output",
         )
     if output.exists() and not overwrite:
-        raise InputError(f"--output {output}: exists; choose another name or pass --overwrite")
+        raise InputError(
+            f"--output {output}: exists; choose another name or pass --overwrite", key="--output"
+        )
 
 
 def run_prepare(arguments: argparse.Namespace) -> int:

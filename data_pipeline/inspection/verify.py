@@ -54,7 +54,7 @@ def verify_folder(
 
     Args:
         index: of the folder.
-        options: how to read it; None: with the usual patience and no cache.
+        options: how to read it; None: with the usual retries and no cache.
         workers: processes that verify shards; 1: this one.
 
     Yields:

@@ -95,7 +95,6 @@ class DocumentRules:
     """Leave out documents with more tokens."""
 
     def reason_against(self, num_tokens: int) -> str:
-        """Returns why a document of so many tokens is left out, or an empty string."""
         if self.min_tokens is not None and num_tokens < self.min_tokens:
             return TOO_SHORT
         if self.max_tokens is not None and num_tokens > self.max_tokens:
@@ -254,7 +253,6 @@ class Encoders:
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Encoders:
-        """Returns itself."""
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -34,7 +34,8 @@ def find_inputs(patterns: Sequence[str], left_out: Counter[str]) -> list[InputFi
         if real in seen:
             raise InputError(
                 f"--input: {file.path} is matched twice, every document may enter once; "
-                "narrow one of the patterns"
+                "narrow one of the patterns",
+                key="--input",
             )
         seen.add(real)
     return found
@@ -46,7 +47,9 @@ def _matches(pattern: str, left_out: Counter[str]) -> Iterator[InputFile]:
     base = os.path.dirname(pattern) or "." if literal else _fixed_part(pattern)
     matches = [pattern] if literal else sorted(glob.glob(pattern, recursive=True))
     if not matches:
-        raise InputError(f"--input {pattern}: matches no file or directory; check the pattern")
+        raise InputError(
+            f"--input {pattern}: matches no file or directory; check the pattern", key="--input"
+        )
     for match in matches:
         path = Path(match)
         if path.is_dir():
@@ -58,7 +61,8 @@ def _matches(pattern: str, left_out: Counter[str]) -> Iterator[InputFile]:
         else:
             raise InputError(
                 f"--input {pattern}: {path} ends in none of {', '.join(ENDINGS)}; "
-                "name the directory itself to read it as a source tree"
+                "name the directory itself to read it as a source tree",
+                key="--input",
             )
 
 
@@ -74,7 +78,9 @@ def _size(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the file") from error
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); check the file", key="--input"
+        ) from error
 
 
 def _tree_files(root: Path, left_out: Counter[str]) -> list[InputFile]:
@@ -103,7 +109,9 @@ def _tree_files(root: Path, left_out: Counter[str]) -> list[InputFile]:
     paths = [(name, root / name) for name in relative]
     regular = [name for name, path in paths if path.is_file() and not path.is_symlink()]
     if not regular:
-        raise InputError(f"--input {root}: no files in this directory; check the path")
+        raise InputError(
+            f"--input {root}: no files in this directory; check the path", key="--input"
+        )
     name = root.resolve().name
     return [
         InputFile(root / path, f"{name}/{path}".replace(os.sep, "/"), _size(root / path), name)

@@ -59,11 +59,9 @@ class PartState:
 
     @property
     def rows(self) -> np.ndarray:
-        """SHARD_DTYPE (num_shards,)."""
         return np.array(self.shards, dtype=SHARD_DTYPE)
 
     def encode(self) -> bytes:
-        """Returns the state as a file."""
         facts = {
             "shards": [[_plain(value) for value in row] for row in self.shards],
             "position": self.position,
@@ -151,7 +149,6 @@ class _OpenShard:
         return rows
 
     def write(self, contents: bytes) -> None:
-        """Appends bytes to the tar."""
         self.file.write(contents)
         self.digest.update(contents)
         self.size += len(contents)
@@ -174,7 +171,6 @@ class PartWriter:
         self._open: _OpenShard | None = None
 
     def add(self, batch: Batch, encoded: EncodedBatch) -> None:
-        """Writes the documents of the next batch of the part."""
         ends = np.cumsum(encoded.rows["num_tokens"])
         counted = start = 0
         while start < len(encoded.rows):

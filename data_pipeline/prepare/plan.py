@@ -38,7 +38,6 @@ class Plan:
 
     @cached_property
     def parts(self) -> tuple[tuple[InputFile, ...], ...]:
-        """The files of each part."""
         return tuple(_cut(self.files, self.part_bytes))
 
     @property
@@ -65,7 +64,6 @@ class Plan:
 
     @property
     def sha256(self) -> str:
-        """Hex digest of `contents`."""
         return hashlib.sha256(self.contents).hexdigest()
 
     def difference(self, other: bytes) -> str:

@@ -32,7 +32,6 @@ class WorkFolder:
     """OUTPUT/.unfinished."""
 
     def __init__(self, output: Path) -> None:
-        """Looks at nothing yet."""
         self.output = output
         self.folder = output / UNFINISHED_FOLDER
         self._parts = self.folder / "parts"
@@ -53,7 +52,6 @@ class WorkFolder:
             lock.close()
 
     def read_plan(self) -> bytes | None:
-        """Returns the plan that is worked on here."""
         try:
             return (self.folder / PLAN_FILE).read_bytes()
         except FileNotFoundError:
@@ -77,7 +75,8 @@ class WorkFolder:
         if lock is None:
             raise InputError(
                 f"--output {self.output}: other processes are preparing it by another plan; wait "
-                "for them, stop them, or choose another folder"
+                "for them, stop them, or choose another folder",
+                key="--output",
             )
         with lock:
             self._remove_contents()
@@ -99,7 +98,6 @@ class WorkFolder:
         return wait_for_lock(self.folder / WORKING_FILE, shared=True)
 
     def part(self, number: int) -> Path:
-        """Returns the folder of a part."""
         return self._parts / f"{number:06d}"
 
     def lock_part(self, number: int) -> FileLock | None:
@@ -112,7 +110,6 @@ class WorkFolder:
         return try_lock(self.part(number) / PART_LOCK)
 
     def is_complete(self, number: int) -> bool:
-        """Whether a part is complete."""
         return (self.part(number) / PART_FILE).exists()
 
     def read_complete(self, number: int) -> PartState | None:

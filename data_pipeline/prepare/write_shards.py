@@ -68,7 +68,6 @@ class PrepareOptions:
 
     @property
     def rules(self) -> DocumentRules:
-        """Which documents are kept."""
         return DocumentRules(self.domain, self.skip_empty, self.min_tokens, self.max_tokens)
 
 
@@ -146,12 +145,14 @@ def _check_options(options: PrepareOptions) -> None:
     if not 0 <= options.task < options.num_tasks:
         raise InputError(
             f"--task {options.task}: must be >= 0 and below --num-tasks {options.num_tasks}; "
-            "number the tasks from 0"
+            "number the tasks from 0",
+            key="--task",
         )
     if options.max_tokens is not None and (options.min_tokens or 1) > options.max_tokens:
         raise InputError(
             f"--max-tokens {options.max_tokens}: must be >= --min-tokens {options.min_tokens}; "
-            "no document could pass"
+            "no document could pass",
+            key="--max-tokens",
         )
 
 
@@ -167,23 +168,28 @@ def _check_output(
     """Raises InputError where the folder holds what only --overwrite may replace."""
     output, kept = options.output, options.output / TOKENIZER_FILE
     if output.exists() and not output.is_dir():
-        raise InputError(f"--output {output}: is a file, must be a folder; choose another name")
+        raise InputError(
+            f"--output {output}: is a file, must be a folder; choose another name", key="--output"
+        )
     stored = work.read_plan() if work.folder.is_dir() else None
     if options.overwrite or stored == plan.contents or is_published(output, plan):
         return
     if (output / INDEX_FILE).exists():
         raise InputError(
-            f"--output {output}: holds finished shards; choose another folder or pass --overwrite"
+            f"--output {output}: holds finished shards; choose another folder or pass --overwrite",
+            key="--output",
         )
     if stored is not None and work.holds_work():
         raise InputError(
             f"--output {output}: was begun by another plan ({plan.difference(stored)}); repeat "
-            "that command, choose another folder, or pass --overwrite to begin anew"
+            "that command, choose another folder, or pass --overwrite to begin anew",
+            key="--output",
         )
     if kept.is_file() and kept.read_bytes() != tokenizer.contents:
         raise InputError(
             f"--output {output}: holds another {TOKENIZER_FILE} than --tokenizer "
-            f"{options.tokenizer}; choose another folder or pass --overwrite"
+            f"{options.tokenizer}; choose another folder or pass --overwrite",
+            key="--output",
         )
 
 
@@ -287,7 +293,8 @@ class _Preparation:
             if lock is None:
                 raise InputError(
                     f"--output {self.options.output}: another process is at part {number} of it; "
-                    "wait for it, or give every process a --task of its own"
+                    "wait for it, or give every process a --task of its own",
+                    key="--output",
                 )
             if self.work.is_complete(number):  # by another process, since it was looked at
                 lock.close()
@@ -329,7 +336,8 @@ class _Preparation:
             elif not is_published(self.options.output, self.plan):
                 raise InputError(
                     f"--output {self.options.output}: another process removed the work of this "
-                    "one; start the command again when no other writes there"
+                    "one; start the command again when no other writes there",
+                    key="--output",
                 )
         return self._published()
 
@@ -351,6 +359,7 @@ class _Preparation:
             self.work.finish()  # there is nothing to go on with
             raise InputError(
                 f"--input {' '.join(self.options.inputs)}: no documents in {len(self.plan.files)} "
-                f"files ({describe_left_out(left_out) or 'nothing left out'}); check the pattern"
+                f"files ({describe_left_out(left_out) or 'nothing left out'}); check the pattern",
+                key="--input",
             )
         publish(self.work, self.plan, self.tokenizer, parts)

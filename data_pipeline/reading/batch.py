@@ -99,7 +99,6 @@ class StepBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all micro-batches of this rank."""
         return sum(batch.num_tokens for batch in self.micro_batches)
 
 

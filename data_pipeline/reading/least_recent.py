@@ -20,7 +20,6 @@ class LeastRecent(Generic[Key, Value]):
     """
 
     def __init__(self, capacity: int) -> None:
-        """Keeps at most `capacity` values."""
         self._values: dict[Key, Value] = {}
         self._capacity = capacity
         self._lock = threading.Lock()
@@ -41,11 +40,9 @@ class LeastRecent(Generic[Key, Value]):
         return value
 
     def forget(self, key: Key) -> None:
-        """Lets the value of a key go."""
         with self._lock:
             self._values.pop(key, None)
 
     def clear(self) -> None:
-        """Lets every value go."""
         with self._lock:
             self._values.clear()

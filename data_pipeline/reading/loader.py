@@ -184,7 +184,11 @@ def _check_sizes(global_batch_size: int, micro_batch_size: int, data_parallel_si
         raise InputError(
             f"training.global_batch_size = {global_batch_size}, must be a multiple of "
             f"data_parallel_size {data_parallel_size} x micro_batch_size {micro_batch_size}; "
-            "change one of them"
+            "change one of them",
+            key="training.global_batch_size",
         )
     if global_batch_size < 1:
-        raise InputError(f"training.global_batch_size = {global_batch_size}, must be >= 1")
+        raise InputError(
+            f"training.global_batch_size = {global_batch_size}, must be >= 1",
+            key="training.global_batch_size",
+        )

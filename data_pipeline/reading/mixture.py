@@ -120,6 +120,7 @@ def source_quotas(sources: Sequence[Weighted], split: str) -> tuple[int, ...]:
             raise InputError(
                 f"data.{split}[{number}].weight = {source_config.weight} ({source_config.label}), "
                 f"must be at least 1/{MAX_PERIOD} of the sum {float(total):g}; raise it or leave "
-                "the source out"
+                "the source out",
+                key=f"data.{split}[{number}].weight",
             )
     return tuple(quotas)

@@ -37,7 +37,6 @@ class PhaseSource:
 
     @property
     def label(self) -> str:
-        """The name, as of a SourceConfig."""
         return self.name
 
 
@@ -57,7 +56,6 @@ class Phase:
 
     @staticmethod
     def from_dict(saved: dict[str, Any]) -> Phase:
-        """Returns the phase of to_dict."""
         sources = tuple(PhaseSource(**source) for source in saved["sources"])
         return Phase(saved["first_sample"], sources)
 
@@ -92,7 +90,8 @@ def next_phases(earlier: Sequence[Phase], data: DataConfig, consumed_samples: in
         raise InputError(
             f"data.train has changed since the checkpoint ({'; '.join(changes)}), so its samples "
             "would be others; restore it, start another output_dir, or set data.new_phase=true to "
-            f"go on with the new sources from sample {consumed_samples} on"
+            f"go on with the new sources from sample {consumed_samples} on",
+            key="data.train",
         )
     stands = _stands(earlier, consumed_samples, data.seed or 0)
     next_key = 1 + max(stands)

@@ -47,7 +47,10 @@ class SampleReader:
         """
         sources = data.sources(split)
         if not sources:
-            raise InputError(f"data.{split} = [], must name a shard folder; add {{path: FOLDER}}")
+            raise InputError(
+                f"data.{split} = [], must name a shard folder; add {{path: FOLDER}}",
+                key=f"data.{split}",
+            )
         seed = data.seed or 0
         self._mixture = Mixture(source_quotas(sources, split), seed)
         self._first_sample = phase.first_sample if phase else 0
@@ -59,7 +62,8 @@ class SampleReader:
         if len({source.dtype for source in self._sources}) > 1:
             raise InputError(
                 f"data.{split}: its shards hold tokens of different sizes, so they have different "
-                "tokenizers; prepare them again with the same --tokenizer"
+                "tokenizers; prepare them again with the same --tokenizer",
+                key=f"data.{split}",
             )
 
     def sample(self, number: int) -> Sample:
@@ -83,7 +87,6 @@ class SampleReader:
         return ", ".join(shards) or "nothing"
 
     def close(self) -> None:
-        """Lets the files go that are open."""
         for source in self._sources:
             source.reader.close()
 

@@ -37,7 +37,6 @@ class ShardReader:
     """Opens the shards of a folder; for any number of threads."""
 
     def __init__(self, index: ShardIndex, storage: Storage) -> None:
-        """Opens nothing yet."""
         self.index, self.storage = index, storage
         self._shards: LeastRecent[int, OpenShard] = LeastRecent(KEPT_SHARDS)
 
@@ -58,7 +57,6 @@ class ShardReader:
         return sizes
 
     def close(self) -> None:
-        """Lets the files go that are open."""
         self._shards.clear()
 
 
@@ -228,7 +226,7 @@ def open_documents(
     Args:
         location: shard folder.
         max_documents: stop after this many; 0 means all.
-        options: how to read the folder; None: with the usual patience.
+        options: how to read the folder; None: with the usual retries.
 
     Raises:
         InputError: no finished shard folder, or a damaged shard.

@@ -61,7 +61,9 @@ def open_sources(data: DataConfig, vocab_size: int) -> SourceSummary:
     """
     sources = (*data.train, *data.valid)
     if not sources:
-        raise InputError("data.train = [], must name a shard folder; add {path: FOLDER}")
+        raise InputError(
+            "data.train = [], must name a shard folder; add {path: FOLDER}", key="data.train"
+        )
     storages = [open_storage(source.path, data.storage) for source in sources]
     indexes = [
         read_index(source.path, storage) for source, storage in zip(sources, storages, strict=True)
@@ -75,7 +77,8 @@ def open_sources(data: DataConfig, vocab_size: int) -> SourceSummary:
     if data.tokenizer and load_tokenizer(Path(data.tokenizer)).sha256 != first.tokenizer_sha256:
         raise InputError(
             f"data.tokenizer = {data.tokenizer}: not the tokenizer {first.location} was prepared "
-            "with; leave it out to use the one kept with the shards"
+            "with; leave it out to use the one kept with the shards",
+            key="data.tokenizer",
         )
     train = indexes[: len(data.train)]
     return SourceSummary(
@@ -177,10 +180,12 @@ def _check_tokenizer(index: ShardIndex, first: ShardIndex, vocab_size: int) -> N
     if index.tokenizer_sha256 != first.tokenizer_sha256:
         raise InputError(
             f"data: {index.location} and {first.location} were prepared with different "
-            "tokenizers, one run has one; prepare them again with the same --tokenizer"
+            "tokenizers, one run has one; prepare them again with the same --tokenizer",
+            key="data.train",
         )
     if index.max_token_id >= vocab_size:
         raise InputError(
             f"model.vocab_size = {vocab_size}: {index.location} holds token {index.max_token_id}, "
-            f"tokens must be below it; set model.vocab_size >= {index.max_token_id + 1}"
+            f"tokens must be below it; set model.vocab_size >= {index.max_token_id + 1}",
+            key="model.vocab_size",
         )

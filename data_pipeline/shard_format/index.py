@@ -92,12 +92,10 @@ class Shard(NamedTuple):
 
     @property
     def tar_name(self) -> str:
-        """Name of the tar file."""
         return tar_name(self.number)
 
     @property
     def table_name(self) -> str:
-        """Name of the document table."""
         return table_name(self.number)
 
     @property
@@ -110,11 +108,9 @@ class ShardList(Sequence[Shard]):
     """The shards of a folder; a Shard is made when it is asked for."""
 
     def __init__(self, rows: np.ndarray) -> None:
-        """Wraps SHARD_DTYPE rows."""
         self.rows = rows
 
     def __len__(self) -> int:
-        """Number of shards."""
         return len(self.rows)
 
     @overload
@@ -122,14 +118,12 @@ class ShardList(Sequence[Shard]):
     @overload
     def __getitem__(self, number: slice) -> list[Shard]: ...
     def __getitem__(self, number: int | slice) -> Shard | list[Shard]:
-        """Returns a shard, or those of a slice."""
         if isinstance(number, slice):
             return [self[at] for at in range(*number.indices(len(self.rows)))]
         at = range(len(self.rows))[number]
         return Shard(at, *self.rows[at].item())
 
     def __iter__(self) -> Iterator[Shard]:
-        """Yields the shards in the order of their numbers."""
         for number, row in enumerate(self.rows):
             yield Shard(number, *row.item())
 
@@ -142,7 +136,6 @@ class DomainCounts(NamedTuple):
     bytes: int
 
     def plus(self, other: DomainCounts) -> DomainCounts:
-        """Returns the sums."""
         return DomainCounts(*(mine + its for mine, its in zip(self, other, strict=True)))
 
 
@@ -172,12 +165,10 @@ class ShardIndex:
 
     @cached_property
     def num_documents(self) -> int:
-        """Documents of all shards."""
         return int(self.shards.rows["num_documents"].sum())
 
     @cached_property
     def num_tokens(self) -> int:
-        """Text tokens of all shards."""
         return int(self.shards.rows["num_tokens"].sum())
 
     @cached_property
@@ -209,7 +200,7 @@ def read_index(location: Location, storage: Storage | None = None) -> ShardIndex
 
     Args:
         location: folder, or URL that fsspec knows.
-        storage: how to read it; None opens the location with the usual patience and no cache.
+        storage: how to read it; None opens the location with the usual retries and no cache.
 
     Raises:
         InputError: no such folder, an unfinished one, or an index that cannot be used.

@@ -40,7 +40,6 @@ class ShardCache:
     """Copies of the shards of one URL, in a folder that other URLs and processes use too."""
 
     def __init__(self, url: str, cache_dir: str, options: StorageOptions) -> None:
-        """Makes no folder yet."""
         self._url, self._options = url, options
         folder = hashlib.sha256(url.encode()).hexdigest()[:DIGEST_CHARACTERS]
         self._space = CacheSpace(cache_dir, options.cache_bytes)
@@ -69,7 +68,8 @@ class ShardCache:
         if size > self._options.cache_bytes:
             raise InputError(
                 f"data.cache_bytes = {self._options.cache_bytes}: {path} alone has {size} bytes; "
-                "set data.cache_bytes to many times that"
+                "set data.cache_bytes to many times that",
+                key="data.cache_bytes",
             )
         copy = self._folder / f"{name}.{sha256.hex()[:DIGEST_CHARACTERS]}"
         disk_was_full = False

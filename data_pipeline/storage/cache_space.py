@@ -41,7 +41,6 @@ class CacheSpace:
     """The files of a cache folder and the bytes they take; for any number of processes."""
 
     def __init__(self, cache_dir: str, cache_bytes: int) -> None:
-        """Looks at nothing yet."""
         self.root = Path(cache_dir).absolute()
         self._cache_bytes = cache_bytes
 
@@ -180,11 +179,9 @@ class Partial:
             raise
 
     def rewind(self) -> None:
-        """Begins again with the first byte."""
         os.lseek(self._lock.descriptor, 0, os.SEEK_SET)
 
     def write(self, chunk: bytes) -> None:
-        """Writes the next bytes."""
         view = memoryview(chunk)
         while view:
             try:

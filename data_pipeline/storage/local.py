@@ -62,32 +62,25 @@ class LocalFolder:
     """A shard folder on a path."""
 
     def __init__(self, folder: str, options: StorageOptions) -> None:
-        """Keeps the path."""
         self._folder, self._options = Path(folder), options
 
     @property
     def location(self) -> str:
-        """The folder."""
         return str(self._folder)
 
     def path(self, name: str) -> str:
-        """Returns the path of a file."""
         return str(self._folder / name)
 
     def exists(self) -> bool:
-        """Whether the folder is there."""
         return self._retried(self._folder.exists, "")
 
     def names(self) -> list[str]:
-        """Returns the names of the files of the folder, sorted."""
         return sorted(self._retried(lambda: os.listdir(self._folder), ""))
 
     def size(self, name: str) -> int:
-        """Returns the bytes of a file."""
         return self._retried(lambda: os.stat(self._folder / name).st_size, name)
 
     def read_bytes(self, name: str) -> bytes:
-        """Returns a whole file."""
         return self._retried((self._folder / name).read_bytes, name)
 
     def open(self, name: str, size: int, sha256: bytes) -> StoredFile:

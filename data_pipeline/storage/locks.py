@@ -20,12 +20,8 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 class NoLocksError(StorageError):
     """The file system knows no locks; `reason` is what it says."""
 
-    def __init__(self, path: str | Path, reason: str) -> None:
-        super().__init__(
-            f"{path}: this file system knows no locks ({reason}), which keep two processes from "
-            "writing the same shard; write to one that does, or mount it with them (Lustre: -o "
-            "flock)"
-        )
+    def __init__(self, message: str, *, reason: str = "") -> None:
+        super().__init__(message)
         self.reason = reason
 
 
@@ -141,7 +137,13 @@ def _flock(lock: FileLock, path: str | Path, kind: int) -> None:
     except BaseException as error:  # Ctrl-C too: nobody but this function has the open file yet
         lock.forget()
         if isinstance(error, OSError) and error.errno in _NO_LOCKS:
-            raise NoLocksError(path, error.strerror or str(error)) from error
+            reason = error.strerror or str(error)
+            raise NoLocksError(
+                f"{path}: this file system knows no locks ({reason}), which keep two processes "
+                "from writing the same shard; write to one that does, or mount it with them "
+                "(Lustre: -o flock)",
+                reason=reason,
+            ) from error
         raise
 
 

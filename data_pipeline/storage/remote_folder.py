@@ -47,11 +47,9 @@ class RemoteFolder:
 
     @property
     def location(self) -> str:
-        """The URL."""
         return self._url
 
     def path(self, name: str) -> str:
-        """Returns the URL of a file."""
         return f"{self._url}/{name}"
 
     def exists(self) -> bool:
@@ -63,7 +61,6 @@ class RemoteFolder:
         return True
 
     def names(self) -> list[str]:
-        """Returns the names of the files of the folder, sorted."""
         entries = self._retried("", lambda system, path: system.ls(path, detail=True))
         names = {
             entry["name"].rpartition("/")[2] for entry in entries if entry["type"] != "directory"
@@ -72,7 +69,6 @@ class RemoteFolder:
         return sorted(name for name in names if "?" not in name)
 
     def size(self, name: str) -> int:
-        """Returns the bytes of a file."""
 
         def read(system: Any, path: str) -> int:
             size = _size(system, path)
@@ -83,7 +79,6 @@ class RemoteFolder:
         return self._retried(name, read)
 
     def read_bytes(self, name: str) -> bytes:
-        """Returns a whole small file."""
 
         def read(system: Any, path: str) -> bytes:
             contents: bytes = system.cat_file(path)
@@ -104,7 +99,8 @@ class RemoteFolder:
         if self._cache is None:
             raise InputError(
                 f"data.cache_dir = None, must be set to read shards from {self._url}; name a "
-                "folder on a local disk"
+                "folder on a local disk",
+                key="data.cache_dir",
             )
         return self._cache.open(name, size, sha256, lambda: self._chunks(name, size))
 
