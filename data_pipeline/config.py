@@ -9,6 +9,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.storage.interface import StorageOptions
 
 ON_DAMAGE = ("stop", "skip")
+# Those that must be at least 1; the types were checked when the file was decoded.
 _COUNTS = (
     "seq_len",
     "shuffle_block",
@@ -36,6 +37,7 @@ class SourceConfig:
         """Refuses an empty path and a weight that is no share."""
         if not self.path:
             raise InputError("data source: path is empty; name a folder of `megadlcm data prepare`")
+        # A weight of nan would pass any comparison that is written the other way round.
         if not math.isfinite(self.weight) or self.weight <= 0:
             raise InputError(
                 f"data source {self.path}: weight = {self.weight}, must be a number > 0; "
@@ -116,6 +118,7 @@ class DataConfig:
                 f"data.max_skipped_tokens = {self.max_skipped_tokens}, must be >= 0; give a count",
                 key="data.max_skipped_tokens",
             )
+        # Without an end a dead storage would hold up every rank for ever.
         if not 0 < self.timeout_seconds < math.inf:
             raise InputError(
                 f"data.timeout_seconds = {self.timeout_seconds}, must be > 0; give seconds",
@@ -128,6 +131,7 @@ class DataConfig:
         for split in ("train", "valid"):
             labels = [source.label for source in self.sources(split)]
             for label in labels:
+                # Metrics and skipped places are kept by name: two sources of one name would mix.
                 if labels.count(label) > 1:
                     raise InputError(
                         f"data.{split}: two sources are called {label!r}, names must differ; "

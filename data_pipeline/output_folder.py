@@ -21,6 +21,7 @@ def make_output_folder(folder: Path, key: str) -> None:
     """
     reason = "Permission denied"
     try:
+        # Several ranks may come at once: that it is there by now is no error.
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK | os.X_OK):
             return
@@ -34,6 +35,7 @@ def make_output_folder(folder: Path, key: str) -> None:
 
 def write_durably(path: Path, contents: bytes) -> None:
     """Writes a file so that it is whole or as it was before, whenever the writer is killed."""
+    # In the same folder: a rename across file systems would be a copy, which a kill can cut.
     unfinished = path.with_name(f"{path.name}.unfinished")
     with open(unfinished, "wb") as file:
         file.write(contents)

@@ -115,6 +115,7 @@ class Progress:
         """Closes the bar; a finished job says what it did, if it did anything."""
         if self._bar is not None:
             self._bar.close()
+        # A failure speaks for itself; a last line before it would look like success.
         if kind is None and self._latest is not None and self._latest[1]:
             self._print_line(*self._latest)
 

@@ -112,6 +112,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     Raises:
         InputError: the vocabulary cannot hold every byte, or there is no text.
     """
+    # All bytes are entries: there is no text that it could not encode.
     if vocab_size < SMALLEST_VOCAB:
         raise InputError(
             f"--vocab-size {vocab_size}: must be >= {SMALLEST_VOCAB} (256 bytes and "
@@ -129,6 +130,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
         show_progress=False,
     )
     texts = iter(texts)
+    # The library makes a tokenizer of no text at all without a word.
     first = next(texts, None)
     if first is None:
         raise InputError("--input: no documents to train on; check the pattern", key="--input")
@@ -167,11 +169,13 @@ def _end_of_text(backend: tokenizers.Tokenizer, path: Path) -> tuple[str, int]:
 def _wrap(backend: tokenizers.Tokenizer, path: Path, contents: bytes) -> Tokenizer:
     """Makes the library's object read texts literally and checks that it does."""
     eos, eos_id = _end_of_text(backend, path)
+    # A file may ask for a length to cut texts at, which would drop tokens mutely.
     backend.no_truncation()
     backend.no_padding()
     # Only tokens marked special can be read as plain text, and some files forget the mark.
     backend.add_special_tokens([AddedToken(eos, special=True, normalized=False)])
     backend.encode_special_tokens = True
+    # Tried, not trusted: what a file says of its own tokens decides as well.
     if eos_id in backend.encode(f"a{eos}b", add_special_tokens=False).ids:
         raise InputError(
             f"tokenizer {path}: reads the text {eos!r} as the end of a document, which a text must "
@@ -181,6 +185,7 @@ def _wrap(backend: tokenizers.Tokenizer, path: Path, contents: bytes) -> Tokeniz
         path=path,
         contents=contents,
         sha256=hashlib.sha256(contents).hexdigest(),
+        # Ids may have holes: the largest bounds an embedding, their number does not.
         vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
         eos_id=eos_id,
         backend=backend,

@@ -24,7 +24,9 @@ def add_command(commands: Any, name: str, summary: str, example: str) -> argpars
         help=summary,
         description=f"{summary[0].upper()}{summary[1:]}.",
         epilog=example,
+        # Examples are laid out by hand; argparse would fill their lines.
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        # A script that abbreviates would break, or change its meaning, with the next new option.
         allow_abbrev=False,
     )
     return parser
@@ -37,6 +39,7 @@ def integer(least: int) -> Callable[[str], int]:
         try:
             number = int(text)
         except ValueError:
+            # No integer and too small an integer are the same mistake, told in the same words.
             number = least - 1
         if number < least:
             raise argparse.ArgumentTypeError(f"{text} must be an integer >= {least}")
@@ -51,6 +54,7 @@ def positive(text: str) -> float:
         number = float(text)
     except ValueError:
         number = -1.0
+    # Written so that nan, which compares false to everything, is refused too.
     if not 0.0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} must be a number > 0")
     return number

@@ -49,6 +49,7 @@ def add_data_parser(subparsers: Any) -> Any:
     data = add_command(subparsers, "data", "tokenizers and shard folders", DATA_EXAMPLE)
     commands = data.add_subparsers(dest="data_command", metavar="COMMAND", required=True)
 
+    # In the order in which a user needs them, which is that of the help.
     _add_tokenizer(commands)
     _add_prepare(commands)
     add_folder_parsers(commands)
@@ -98,6 +99,7 @@ def _add_prepare(commands: Any) -> None:
         help="domain of documents that name none (default: code in source trees, else text)",
     )
     prepare.add_argument("--skip-empty", action="store_true", help="leave out empty documents")
+    # None, not 0, is their default: prepared.json keeps what was asked for.
     for name, what in (("min", "fewer"), ("max", "more")):
         prepare.add_argument(
             f"--{name}-tokens", type=int, metavar="N", help=f"leave out documents of {what} tokens"
@@ -147,6 +149,8 @@ def run_tokenizer(arguments: argparse.Namespace) -> int:
     read = ReadProgress()
 
     def texts() -> Iterator[str]:
+        # The library takes an iterator and says nothing while it merges: so the end of reading is
+        # told.
         number = 0
         with Progress("read", total, "documents") as progress:
             documents = read_documents(files, read, left_out, skip_empty=True)
@@ -162,6 +166,7 @@ def run_tokenizer(arguments: argparse.Namespace) -> int:
     if left_out:
         print(f"left out: {describe_left_out(left_out)}")
     print(f"{output}: {trained.vocab_size:,} entries, eos {trained.eos_id}")
+    # A small corpus runs out of pairs; the model is to be made for what there is.
     if trained.vocab_size < arguments.vocab_size:
         print(f"the text gave no more than that; --vocab-size was {arguments.vocab_size:,}")
     return 0
@@ -215,6 +220,7 @@ def run_prepare(arguments: argparse.Namespace) -> int:
     if prepared.left_out:
         print(f"left out: {describe_left_out(prepared.left_out)}")
     if prepared.index is not None:
+        # A late task of an array ends with 0: to find all done is no failure.
         earlier = ", already finished" if prepared.was_finished else ""
         print(f"{options.output}: {len(prepared.index.shards):,} shards{earlier}")
     else:

@@ -85,15 +85,18 @@ def run_verify(arguments: argparse.Namespace) -> int:
     from data_pipeline.storage.interface import StorageOptions
     from data_pipeline.storage.open import open_storage
 
+    # Cores of the job, not of the machine: more processes than that only wait for each other.
     workers = available_cores() if arguments.workers is None else arguments.workers
     location = arguments.location
     options = StorageOptions(cache_dir=arguments.cache_dir)
     index = read_index(location, open_storage(location, options))
     num_problems = num_unread = 0
     for problem in verify_folder(index, options, workers):
+        # At once: of a large folder the first problem may come hours before the last.
         print(problem, flush=True)
         num_problems += 1
         num_unread += isinstance(problem, Unread)
+    # Wrong bytes outweigh unread ones: they stay wrong when the storage answers again.
     if num_problems > num_unread:
         raise InputError(f"{location}: problems found: {num_problems}; prepare it again")
     if num_unread:

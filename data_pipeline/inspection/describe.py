@@ -11,6 +11,7 @@ from data_pipeline.tables import render_table
 
 def domain_table(domains: Mapping[str, DomainCounts]) -> str:
     """Returns documents, tokens, bytes, bytes per token and share of the tokens by domain."""
+    # Summed from the rows shown, so that the table adds up whatever the index says elsewhere.
     total = DomainCounts(*(sum(column) for column in zip(*domains.values(), strict=True)))
     rows = [
         (
@@ -18,6 +19,7 @@ def domain_table(domains: Mapping[str, DomainCounts]) -> str:
             f"{counts.documents:,}",
             f"{counts.tokens:,}",
             f"{counts.bytes:,}",
+            # Bytes of text a token stands for: how well the tokenizer fits the domain.
             f"{counts.bytes / max(counts.tokens, 1):.2f}",
             f"{counts.tokens / max(total.tokens, 1):.1%}",
         )

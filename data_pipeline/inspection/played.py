@@ -57,6 +57,7 @@ class PlayedSource:
         self._tar_bytes = index.shards.rows["tar_bytes"]
         self._order = SourceOrder(
             index.shard_stream_tokens,
+            # A simulation reads no shard: to ask for a document table is a mistake in the order.
             _no_table,
             seq_len=data.seq_len,
             seed=data.seed or 0,
@@ -77,14 +78,17 @@ class PlayedSource:
         blocks = positions // self._block_size
         starts = positions * self._seq_len
         first_turns, last_turns = np.empty_like(turns), np.empty_like(turns)
+        # A block of one window stays where it is: there is nothing to permute.
         for part in runs_of(epochs, blocks) if self._block_size > 1 else ():
             epoch, block = int(epochs[part.start]), int(blocks[part.start])
             offsets = positions[part] - block * self._block_size
             starts[part] = self._order.windows(epoch, block)[offsets] * self._seq_len
+        # The last window of an epoch is shorter.
         stops = np.minimum(starts + self._seq_len, self.index.num_stream_tokens)
         for part in runs_of(epochs):
             _, edges = self.shard_order(int(epochs[part.start]))
             first_turns[part] = np.searchsorted(edges, starts[part], side="right") - 1
+            # stops - 1: the last place that is covered, not the first behind it.
             last_turns[part] = np.searchsorted(edges, stops[part] - 1, side="right") - 1
         return Played(samples, epochs, starts, stops, first_turns, last_turns)
 
@@ -97,6 +101,7 @@ class PlayedSource:
         """Returns which entry touches which shard, int64 (m,) each, in the order of the entries."""
         counts = played.last_turns - played.first_turns + 1
         entries = np.repeat(np.arange(len(counts)), counts)
+        # Counts 0, 1, ... anew for each entry, without a loop over them.
         within = np.arange(len(entries)) - np.repeat(np.cumsum(counts) - counts, counts)
         turns = played.first_turns[entries] + within
         shards = np.empty_like(turns)
@@ -118,6 +123,8 @@ class PlayedSource:
             stop = (first + self._block_size) * self._seq_len
             end = min(stop, self.index.num_stream_tokens)
             low = int(np.searchsorted(edges, begin, side="right")) - 1
+            # In stream order: windows are permuted inside of a block, so a block covers one
+            # stretch.
             high = int(np.searchsorted(edges, end - 1, side="right"))
             num_bytes = int(self._tar_bytes[order[low:high]].sum())
             found = BlockCost(max(found.num_shards, high - low), max(found.tar_bytes, num_bytes))
@@ -132,10 +139,13 @@ class PlayedSource:
         found = 0
         windows = played.starts // self._seq_len
         for part in runs_of(played.epochs):
+            # From the smallest window on: a part of an epoch far in would need a huge array.
             counts = np.bincount(windows[part] - int(windows[part].min()))
             if counts.max() > 1:
                 raise AssertionError(f"epoch {played.epochs[part.start]}: a window comes twice")
             num_windows = part.stop - part.start
+            # The same number of windows as an epoch has, none twice, none outside: each of them
+            # once.
             if windows[part].max() >= self.num_windows or num_windows > self.num_windows:
                 raise AssertionError(f"epoch {played.epochs[part.start]}: a window too many")
             if num_windows == self.num_windows:

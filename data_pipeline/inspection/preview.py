@@ -16,6 +16,7 @@ from data_pipeline.reading.sources import read_tokenizer
 from data_pipeline.tables import printable
 from data_pipeline.tokenizer import Tokenizer
 
+# Line breaks and tabs of a text are shown as they are; all else that moves a cursor is not.
 _KEPT = "\n\t"
 
 
@@ -110,6 +111,7 @@ class _PreviewReader:
         found: list[PreviewPiece] = []
         for stretch in self._order.stretches(place):
             try:
+                # Reads the document table: one that is damaged takes the whole stretch with it.
                 pieces = self._order.pieces(place.epoch, stretch)
             except DamagedDataError as error:
                 found.append(self._left_out(stretch, error))
@@ -172,4 +174,5 @@ def shorten(text: str, width: int) -> str:
         return text
     head, tail = width - width // 2, width // 2
     note = f" [... {len(text) - width:,} characters ...] "
+    # By position, not by a negative index: -0 would be the whole text.
     return text[:head] + note + text[len(text) - tail :]

@@ -114,6 +114,7 @@ class Simulator:
             for key, source in enumerate(data.train)
         ]
         self.owners = self._owners()
+        # Where each source stands when the stretch begins: nothing before it is played.
         before = self.mixture.counts(start)
         self.played = [
             source.play(start + np.flatnonzero(self.owners == key), first)
@@ -143,6 +144,7 @@ class Simulator:
 
     def lines(self) -> Iterator[str]:
         """Yields one line per sample: number, source, epoch, stream places, shards."""
+        # Each source has its own list of samples; `nexts` says how far into it the mixture is.
         nexts = [0] * len(self.sources)
         for number, owner in enumerate(self.owners.tolist(), self.start):
             at, played, source = nexts[owner], self.played[owner], self.sources[owner]
@@ -156,6 +158,7 @@ class Simulator:
 
     def _owners(self) -> np.ndarray:
         """Returns the source of each sample, int64 (num_samples,)."""
+        # The mixture of one source is no mixture: a million lookups are spared.
         if len(self.sources) == 1:
             return np.zeros(self.num_samples, dtype=np.int64)
         numbers = range(self.start, self.start + self.num_samples)
@@ -166,6 +169,7 @@ class Simulator:
     def _check_quotas(self) -> None:
         """Raises AssertionError where a whole period does not meet the quotas exactly."""
         period = self.mixture.period
+        # Samples until the first period that begins inside of the stretch.
         first = -self.start % period
         whole = (self.num_samples - first) // period
         if whole > 0:
@@ -208,9 +212,12 @@ class Simulator:
             shards.append(touched + offset)
             open_shards += min(len(np.unique(touched)), KEPT_SHARDS)
         sample, shard = np.concatenate(numbers), np.concatenate(shards)
+        # Steps that the stretch cuts would count too few shards: only whole ones are measured.
         first_step = -(-self.start // batch)
         num_steps = max((self.start + self.num_samples) // batch - first_step, 0)
         inside = (sample >= first_step * batch) & (sample < (first_step + num_steps) * batch)
+        # Slots r*G/dp .. (r+1)*G/dp of a step are those of rank r, so one division finds step and
+        # rank.
         rank = sample[inside] // (batch // ranks) - first_step * ranks
         job = _distinct(rank // ranks, shard[inside], num_steps)
         each = _distinct(rank, shard[inside], num_steps * ranks)
@@ -222,6 +229,7 @@ class Simulator:
         offsets: dict[str, int] = {}
         total = 0
         for source in self.sources:
+            # A folder that serves as two sources is one set of files, opened once.
             if source.index.location not in offsets:
                 offsets[source.index.location] = total
                 total += len(source.index.shards)
@@ -233,6 +241,7 @@ def _distinct(groups: np.ndarray, shards: np.ndarray, num_groups: int) -> np.nda
     if not len(groups):
         return np.zeros(num_groups, dtype=np.int64)
     width = int(shards.max()) + 1
+    # One number for a pair: finding different rows of two columns is slower.
     pairs = np.unique(groups * width + shards)
     return np.bincount(pairs // width, minlength=num_groups)
 
@@ -243,6 +252,7 @@ def _mean_and_max(counts: Sequence[int] | np.ndarray) -> tuple[float, int]:
 
 def render_simulation(found: Simulation, data: DataConfig, shape: RunShape) -> str:
     """Returns what `megadlcm data simulate` prints."""
+    # What the table cannot hold is told as facts; advice comes last, and only where it is needed.
     whole = sum(source.whole_epochs for source in found.sources)
     steps, end = found.steps, found.start + found.num_samples
     enough = "enough" if data.cache_bytes >= found.cache_bytes else "TOO SMALL"

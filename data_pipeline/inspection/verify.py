@@ -73,6 +73,7 @@ def verify_folder(
     total = sum(shard.tar_bytes for shard in index.shards)
     with Progress("verify", total, "bytes") as progress:
         for report in _reports(index, storage, options, workers, progress):
+            # An unread shard says nothing on its bytes, which the exit code must tell from damage.
             yield from (map(Unread, report.problems) if report.unread else report.problems)
             all_counted = all_counted and report.domains is not None
             for name, counts in (report.domains or {}).items():
@@ -106,6 +107,7 @@ def _prepared_problems(storage: Storage) -> Iterator[str]:
 
 
 def _domain_problems(index: ShardIndex, domains: dict[str, DomainCounts]) -> Iterator[str]:
+    # Domains on either side alone are differences, too.
     nothing = DomainCounts(0, 0, 0)
     for name in sorted({*index.domains, *domains}):
         found, listed = domains.get(name, nothing), index.domains.get(name, nothing)
@@ -140,6 +142,7 @@ def _reports(
 ) -> Iterator[ShardReport]:
     """Yields a report per shard, in the order of the shards."""
     facts = FolderFacts(index.token_dtype, index.max_token_id)
+    # Processes without a shard would only be started and ended.
     workers = min(workers, len(index.shards))
     if workers > 1:
         yield from _in_processes(index, facts, options, workers, progress)
@@ -162,11 +165,13 @@ def _in_processes(
     workers: int,
     progress: Progress,
 ) -> Iterator[ShardReport]:
+    # Not fork: the parent has threads of the storage, whose locks a fork would copy as they are.
     context = get_context("spawn")
     done = context.Value("q", 0)
     pool = ProcessPoolExecutor(workers, context, _begin, (index.location, options, facts, done))
     try:
         for future in _submitted(pool, index.shards, SHARDS_AHEAD * workers):
+            # The first shard may take minutes: progress counts bytes, which the processes share.
             while not wait([future], timeout=LOOK_SECONDS).done:
                 progress.update(done.value, done.value)
             progress.update(done.value, done.value)
@@ -186,6 +191,7 @@ def _submitted(
     """Yields the futures of the shards in order, at most that many of them under way."""
     ahead: deque[Future[ShardReport]] = deque()
     for shard in shards:
+        # A bounded number ahead: 100,000 futures would all be kept until the first is asked for.
         ahead.append(pool.submit(_verify, shard))
         if len(ahead) == most:
             yield ahead.popleft()

@@ -113,10 +113,13 @@ def _look(
     if table:
         walk = _Walk(facts, table)
         misplaced = walk.misplaced(shard)
+        # Without sound places a walk would tell of every record; the digest still says if bytes
+        # differ.
         if misplaced:
             problems.append(f"{storage.path(shard.table_name)}: {misplaced}")
             walk = None
     digest, found = _read_through(file, shard, walk, advance)
+    # Told beside the records: it finds what no record covers, they say where it is.
     if digest != shard.tar_sha256:
         problems.append(f"{path}: sha256 differs from the index")
     problems += [f"{path}: {what}" for what in found[:SHOWN_DOCUMENTS]]
@@ -163,6 +166,7 @@ def _read_through(
     for first, last, stop in walk.batches() if walk else ():
         contents = file.pread(stop - position, position)
         digest.update(contents)
+        # Reading on would blame each record that follows for what is missing here.
         if len(contents) != stop - position:
             found.append(f"ends {stop - position - len(contents)} bytes too early")
             return digest.digest(), found
@@ -176,6 +180,8 @@ def _read_through(
         if not contents:
             break
         digest.update(contents)
+        # Behind the last record a tar holds zeros alone: anything else a reader could take for a
+        # member.
         if walk and contents.count(0) != len(contents):
             found.append(f"something stands behind the last record, after byte {end}")
             walk = None
@@ -202,6 +208,7 @@ class _Walk:
     def misplaced(self, shard: Shard) -> str:
         """Returns where the table's records do not follow each other, or an empty string."""
         rows, ends = self._table.rows, self._ends
+        # Each record begins where the one before ends: no gap in which a reader could find another.
         begins = np.concatenate(([0], ends[:-1]))
         wrong = (
             (rows["record_offset"] != begins)
@@ -230,6 +237,7 @@ class _Walk:
         first = position = 0
         while first < len(self._ends):
             within = int(np.searchsorted(self._ends, position + READ_BYTES, side="right"))
+            # A record that is larger than READ_BYTES is read as a whole.
             last = max(first + 1, within)
             position = int(self._ends[last - 1])
             yield first, last, position
@@ -263,6 +271,7 @@ class _Walk:
         """Returns the largest token of each document."""
         view = np.frombuffer(contents, dtype=self._dtype)
         itemsize = self._dtype.itemsize
+        # Pairs of begin and end: of the stretches between, every second one is a document.
         edges = np.empty(2 * len(rows), dtype=np.int64)
         edges[::2] = (rows["tokens_offset"] - base) // itemsize
         edges[1::2] = edges[::2] + rows["num_tokens"]
@@ -287,6 +296,8 @@ class _Walk:
         largest: int,
     ) -> str:
         """Returns what is wrong with one record, or an empty string."""
+        # The name is not in the table: it is taken from the header, which must then be right to the
+        # byte.
         key = contents[at : max(contents.find(b".json\0", at, at + NAME_BYTES), at)]
         if not _is_member(contents, at, key + b".json", metadata_bytes):
             return _wrong_header(contents, base, at, "KEY.json", metadata_bytes)
@@ -294,6 +305,8 @@ class _Walk:
         if not _is_member(contents, header_at, key + b".npy", array_bytes):
             name = f"{key.decode('ascii', 'replace')}.npy"
             return _wrong_header(contents, base, header_at, name, array_bytes)
+        # webdataset groups members by the name before the first dot: equal neighbours would be one
+        # record.
         if not key or b"." in key or b"\0" in key or key == self._last_key:
             return f"key {key!r} cannot be told from that of another record"
         self._last_key = key
@@ -321,6 +334,7 @@ class _Walk:
             sound = np.array_equal(found, self._table.checksums[checksum : checksum + len(found)])
         if not sound:
             return "its tokens are not those written (checksum)"
+        # A wrong byte shows in its checksum; this finds an index that is wrong.
         if largest > self._max_token_id:
             return f"token {largest} above the largest of the index, {self._max_token_id}"
         for filled in (end, stop):

@@ -28,6 +28,7 @@ def plain_chunks(path: Path, raw: IO[bytes], size: int) -> Iterator[bytes]:
     try:
         if path.name.endswith(".gz"):
             with gzip.GzipFile(fileobj=raw) as plain:
+                # A piece at a time: what 1 MB of gzip holds may not fit into memory.
                 while chunk := plain.read(size):
                     yield chunk
         elif path.name.endswith(".zst"):

@@ -44,12 +44,14 @@ def find_duplicates(
         InputError: a flaw of the input.
     """
     count = len(plan.parts)
+    # Own parts first, so that tasks that start together do not queue for the same ones.
     own = list(range(first, count, step))
     order = own + [part for part in range(count) if part % step != first]
     sizes = sum(file.num_bytes for number in own for file in plan.parts[number])
     with Progress("look for duplicates", sizes, "texts") as progress:
         digester = _Digester(work, plan, encoders, progress)
         _take_all(order, lambda n: work.part(n) / DIGESTS_FILE, work.lock_part, digester.write)
+    # All digests are there now, so that every process counts the same ranges.
     num_ranges = _num_ranges(work, count)
     folder = _duplicates_folder(work)
     folder.mkdir(exist_ok=True)
@@ -64,6 +66,7 @@ def find_duplicates(
 
 def duplicates_of(work: WorkFolder, part: int) -> np.ndarray:
     """Returns the numbers of the records of a part that repeat an earlier text, sorted int64."""
+    # A part without duplicates still has something to concatenate.
     own: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
     for path in sorted(_duplicates_folder(work).glob("*.npy")):
         parts, numbers = np.load(path, mmap_mode="r")
@@ -87,8 +90,10 @@ def _take_all(
             if held is not None:
                 with held:
                     taken += 1
+                    # Whoever held the lock before may have done it between our look and our turn.
                     if not result(unit).exists():
                         work(unit)
+        # All of the rest is locked by the living; of one that is killed the lock comes free.
         if not taken:
             if not said:
                 say(f"waiting for other processes, which are at {len(units)} of the rest")
@@ -116,19 +121,23 @@ class _Digester:
             numbers.append(found.numbers)
             self._num_texts += len(found.numbers)
             self._progress.update(self._read.done_bytes, self._num_texts)
+        # Big-endian halves compare as the digests themselves do.
         halves = np.frombuffer(b"".join(digests), dtype=">u8").reshape(-1, DIGEST_BYTES // 8).T
         table = np.vstack((halves.astype(np.uint64), np.concatenate(numbers).astype(np.uint64)))
+        # By digest, then by number: a range is one slice, and the first of equal texts comes first.
         table = table[:, np.lexsort((table[2], table[1], table[0]))]
         write_durably(self._work.part(part) / DIGESTS_FILE, save_array(table))
 
 
 def _resolve(work: WorkFolder, num_parts: int, number: int, num_ranges: int) -> None:
     """Writes int64 (2, num_duplicates): part and number of each in a range of the digests."""
+    # By the upper half alone: equal texts always fall into one range.
     first, behind = (at * (1 << 64) // num_ranges for at in (number, number + 1))
     columns: list[np.ndarray] = []
     parts: list[np.ndarray] = []
     for part, table in _digests(work, num_parts):
         start = int(np.searchsorted(table[0], np.uint64(first)))
+        # 2**64 fits into no uint64: so the last value inside, and what is right of it.
         end = int(np.searchsorted(table[0], np.uint64(behind - 1), side="right"))
         columns.append(np.array(table[:, start:end]))
         parts.append(np.full(end - start, part, dtype=np.int64))
@@ -137,6 +146,7 @@ def _resolve(work: WorkFolder, num_parts: int, number: int, num_ranges: int) -> 
     order = np.lexsort((table[1], table[0]))
     halves = table[:2, order]
     repeats = np.zeros(len(order), dtype=bool)
+    # Sorted and stable: whatever equals its left neighbour has come before.
     repeats[1:] = (halves[:, 1:] == halves[:, :-1]).all(axis=0)
     again = order[repeats]
     found = np.vstack((part_of[again], table[2, again].astype(np.int64)))

@@ -57,6 +57,7 @@ def piece_documents(piece: Piece, domain: str | None) -> Iterator[tuple[int, Tex
     """
     kind = format_of(piece.file)
     for offset, found in kind.documents(piece, domain or kind.domain):
+        # Numbered in the part: duplicates and reasons are kept by that number.
         yield piece.start.number + offset, found
 
 

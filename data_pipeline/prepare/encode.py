@@ -123,10 +123,12 @@ def make_batches(
 
     def batch(is_last: bool) -> Batch:
         bounds = (waiting[0].start.number, waiting[-1].end_number) if waiting else (0, 0)
+        # Sorted numbers: those of a batch are one slice, so that a worker gets few of them.
         first, end = np.searchsorted(repeated, bounds)
         return Batch(part, tuple(waiting), frozenset(repeated[first:end].tolist()), is_last)
 
     for piece in pieces:
+        # Before the piece is added, so that the batch that is marked as the last holds some.
         if size >= BATCH_BYTES or len(waiting) >= BATCH_PIECES:
             yield batch(is_last=False)
             waiting, size = [], 0
@@ -143,10 +145,12 @@ def encode_batch(batch: Batch, tokenizer: Tokenizer, rules: DocumentRules) -> En
     """
     left_out: list[tuple[int, str]] = []
     numbered = list(_kept_texts(batch, rules, left_out))
+    # All at once: the library encodes a batch in its own threads, outside of Python.
     encoded = tokenizer.encode_batch([document.text for _, document in numbered])
     kept: list[tuple[int, TextDocument, np.ndarray]] = []
     dtype = token_dtype(tokenizer.vocab_size)
     for (number, document), ids in zip(numbered, encoded, strict=True):
+        # A tokenizer may make nothing of a text that is not empty.
         if not ids and not rules.skip_empty:
             raise empty_document(document)
         reason = rules.reason_against(len(ids)) if ids else EMPTY
@@ -200,7 +204,9 @@ def join_records(
             "num_bytes": document.num_bytes,
             "num_tokens": len(tokens),
         }
+        # The number in the part, not in the shard: the key does not depend on where a shard ends.
         record = encode_record(f"{part:06d}-{number:012d}", metadata, tokens)
+        # Numbered as they appear: the same documents give the same table, in any process.
         domain = domains.setdefault(document.domain, len(domains))
         at = size + record.tokens_at
         rows.append((size, at, len(tokens), document.num_bytes, record.metadata_bytes, domain))
@@ -232,6 +238,8 @@ def digest_batch(batch: Batch, tokenizer: Tokenizer, rules: DocumentRules) -> Te
     Raises:
         InputError: a flaw of the input; names file and line.
     """
+    # Empty texts are left out here as they are in encoding, or they would be duplicates of each
+    # other.
     texts = list(_kept_texts(batch, rules, []))
     digests = (
         hashlib.blake2b(document.text.encode("utf-8"), digest_size=DIGEST_BYTES).digest()
@@ -281,6 +289,8 @@ class Encoders:
         try:
             for batch in _until_failure(batches, failure):
                 waiting.append((batch, pool.submit(_work_in_worker, work, batch)))
+                # Results are taken in order, so that a slow batch holds up the rest; this many may
+                # wait for it.
                 if len(waiting) >= self._workers * WAITING_BATCHES:
                     yield _first(waiting)
             while waiting:
@@ -290,6 +300,7 @@ class Encoders:
                 "an encoding process ended without a word, mostly for want of memory; start the "
                 "same command again with fewer --workers: it goes on where it was"
             ) from error
+        # Only now: an earlier batch may hold a flaw that comes first in the input.
         if failure:
             raise failure[0]
 

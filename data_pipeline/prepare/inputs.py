@@ -30,6 +30,7 @@ def find_inputs(patterns: Sequence[str], left_out: Counter[str]) -> list[InputFi
         found += _matches(pattern, left_out)
     seen: set[str] = set()
     for file in found:
+        # Two names of one file, through links or patterns, would be trained twice.
         real = os.path.realpath(file.path)
         if real in seen:
             raise InputError(
@@ -90,6 +91,7 @@ def _tree_files(root: Path, left_out: Counter[str]) -> list[InputFile]:
     """
     relative: list[str] = []
     for folder, folders, all_names in os.walk(root):  # enters no link
+        # In place: what is taken out here os.walk does not enter.
         folders[:] = [name for name in folders if name[0] != "." and name != "__pycache__"]
         names = [name for name in all_names if name[0] != "."]
         below = os.path.relpath(folder, root)

@@ -73,6 +73,7 @@ class PartState:
 
 
 def _plain(value: int | bytes) -> int | str:
+    # JSON knows no bytes; numbers are never kept as texts, so decoding can tell them apart.
     return value.hex() if isinstance(value, bytes) else value
 
 
@@ -101,6 +102,7 @@ def resume_part(folder: Path, keep: tuple[str, ...]) -> PartState:
     state = PartState()
     shards: list[tuple[int | bytes, ...]] = []
     kept = set(keep)
+    # The first without a state is the one that was cut off: it and all behind it are written anew.
     while state_file(folder, len(shards)).exists():
         number = len(shards)
         state = decode_state(state_file(folder, number).read_bytes())
@@ -130,11 +132,14 @@ class _OpenShard:
         """Writes documents start..end-1 of a batch; returns their rows as the table has them."""
         rows = encoded.rows[start:end].copy()
         first = int(rows["record_offset"][0])
+        # Records lie one after the other: a stretch of documents is one slice of bytes.
         behind = len(encoded.contents)
         if end < len(encoded.rows):
             behind = int(encoded.rows["record_offset"][end])
+        # Offsets of a batch count from its own beginning, those of the table from the shard's.
         for column in ("record_offset", "tokens_offset"):
             rows[column] += self.size - first
+        # By first appearance, as if the documents had come one by one: batches must not show.
         numbers, appears = np.unique(rows["domain"], return_index=True)
         own = np.zeros(len(encoded.domains), dtype=np.int32)
         for number in numbers[np.argsort(appears)].tolist():
@@ -176,14 +181,18 @@ class PartWriter:
         while start < len(encoded.rows):
             shard = self._open or self._new_shard()
             before = int(ends[start - 1]) if start else 0
+            # Counted from the beginning of the batch, so that one search finds the last document
+            # that fits.
             room = before + self._shard_tokens - shard.num_tokens
             end = int(np.searchsorted(ends, room, side="right"))
+            # A document longer than a shard has one of its own: none is ever cut.
             if end <= start and shard.num_tokens == 0:
                 end = start + 1
             if end > start:
                 self._append(shard, encoded, start, end)
                 start = end
             if start < len(encoded.rows):
+                # What is left out belongs to the shard in whose stretch of the input it stands.
                 number = int(encoded.numbers[start])
                 counted = self._count_left_out(encoded, counted, number)
                 self._close_shard(_position(batch, number))
@@ -231,6 +240,8 @@ class PartWriter:
         shard.write(archive_end(shard.size))
         close_durably(shard.file)  # before the file that makes the shard count
         rows, names = np.concatenate(shard.rows), list(shard.domains)
+        # Tar, table, state: a kill between them leaves a shard without a state, which counts for
+        # nothing.
         table = encode_table(rows, np.concatenate(shard.checksums), names)
         write_durably(table_file(self._folder, number), table)
         for at, name in enumerate(names):

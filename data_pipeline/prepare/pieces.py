@@ -49,7 +49,9 @@ def read_pieces(
     """
     number = start.number
     for at, file in enumerate(files):
+        # Files before it are not opened, but they count: progress is a share of the whole.
         if at >= start.file:
+            # Only the file that reading stopped in begins inside.
             skip = start.record if at == start.file else 0
             with _opened(file.path) as raw:
                 progress.current = raw
@@ -73,6 +75,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         try:
             yield raw
         except OSError as error:
+            # Not the input's fault: the same bytes may be read at the next start.
             raise StorageError(
                 f"{path}: cannot be read ({error.strerror or error}); check the storage and start "
                 "again"

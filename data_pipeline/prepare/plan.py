@@ -54,6 +54,7 @@ class Plan:
     @cached_property
     def contents(self) -> bytes:
         """The plan as a file: who finds other bytes there has another plan."""
+        # Names below the pattern and sizes, no absolute paths and no times: a corpus may be moved.
         described = {
             "version": VERSION,
             "options": self.options,
@@ -73,6 +74,7 @@ class Plan:
         mine = json.loads(self.contents)
         try:
             its = json.loads(other)
+            # A file of another program may lack any key: so the version is looked at first.
             if its["version"] != VERSION:
                 return f"plan version {its['version']}, this program has {VERSION}"
             for key, value in mine["options"].items():
@@ -102,6 +104,7 @@ def _cut(files: Sequence[InputFile], part_bytes: int) -> Iterator[tuple[InputFil
     for file in files:
         part.append(file)
         size += file.num_bytes
+        # A part ends behind a file, never inside: a file is read by one process from its beginning.
         if size >= part_bytes:
             yield tuple(part)
             part, size = [], 0

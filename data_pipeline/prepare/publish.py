@@ -64,9 +64,12 @@ def publish(work: WorkFolder, plan: Plan, tokenizer: Tokenizer, parts: Sequence[
     if not is_decided(work):
         _decide(work, plan, tokenizer, parts)
     ready = work.folder / READY_FOLDER
+    # Read back, not made again: after a restart the one that was decided on counts.
     index = (ready / INDEX_FILE).read_bytes()
     _move(work, parts, index)
     for path in sorted(ready.iterdir()):
+        # The tokenizer and the rest may be replaced: without an index the folder is unfinished
+        # anyway.
         if path.name != INDEX_FILE:
             os.replace(path, work.output / path.name)
     sync_path(work.output)
@@ -89,6 +92,7 @@ def _decide(work: WorkFolder, plan: Plan, tokenizer: Tokenizer, parts: Sequence[
         tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
+        # The end of text is no stored token, and yet one that a reader meets.
         max_token_id=max(tokenizer.eos_id, *(part.max_token_id for part in parts)),
         token_dtype=token_dtype(tokenizer.vocab_size).name,
     )
@@ -107,6 +111,7 @@ def _decide(work: WorkFolder, plan: Plan, tokenizer: Tokenizer, parts: Sequence[
     }
     ready = work.folder / READY_FOLDER
     ready.mkdir(exist_ok=True)
+    # The index is the last of them: its presence is the decision, see is_decided.
     for name, contents in files.items():
         write_durably(ready / name, contents)
 
@@ -115,6 +120,7 @@ def _move(work: WorkFolder, parts: Sequence[PartState], index: bytes) -> None:
     """Moves the shards up as far as they are not, and removes those of earlier ones that stay."""
     output = work.output
     earlier = output / INDEX_FILE
+    # First of all: from here on no reader may take mixed shards for a finished folder.
     if earlier.exists() and earlier.read_bytes() != index:
         earlier.unlink()
         sync_path(output)
@@ -131,5 +137,6 @@ def _move(work: WorkFolder, parts: Sequence[PartState], index: bytes) -> None:
             number += 1
     for path in output.iterdir():
         found = shard_number(path.name)
+        # Earlier shards of higher numbers, which no new one has replaced.
         if found is not None and found >= number:
             path.unlink()

@@ -61,6 +61,7 @@ class WorkFolder:
         """Makes the folder that of a plan, clearing it where it had none; inside the gate."""
         if self.read_plan() is None:
             self.clear()
+            # The folders come before the plan: whoever finds a plan may work at once.
             self._parts.mkdir()
             write_durably(self.folder / PLAN_FILE, plan.contents)
             sync_path(self.output)
@@ -106,6 +107,7 @@ class WorkFolder:
         Raises:
             FileNotFoundError: the plan was finished or removed by another process.
         """
+        # Fails where the plan was removed meanwhile: the parts folder is gone with it.
         self.part(number).mkdir(exist_ok=True)
         return try_lock(self.part(number) / PART_LOCK)
 
@@ -121,6 +123,7 @@ class WorkFolder:
 
     def holds_work(self) -> bool:
         """Whether more than a beginning is finished here."""
+        # A tar without its state counts for nothing, so it is no work either.
         patterns = (f"parts/*/{DIGESTS_FILE}", "parts/*/[0-9]*.json")
         return any(next(self.folder.glob(pattern), None) for pattern in patterns)
 
@@ -136,6 +139,8 @@ class WorkFolder:
 
     def _remove(self) -> None:
         self._remove_contents()
+        # The gate goes last, and by the one who holds it: those who wait find a new file, see
+        # locks.
         (self.folder / GATE_FILE).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # another process is waiting at a new gate
             os.rmdir(self.folder)

@@ -127,6 +127,7 @@ def prepare(options: PrepareOptions) -> Prepared:
     )
     work = WorkFolder(options.output)
     try:
+        # Before anything is made: a late task of an array writes nothing to a finished folder.
         if not work.folder.exists() and _is_done(options, plan):
             return Prepared(*published(options.output), len(plan.parts), was_finished=True)
         _check_output(options, tokenizer, work, plan)
@@ -172,6 +173,7 @@ def _check_output(
             f"--output {output}: is a file, must be a folder; choose another name", key="--output"
         )
     stored = work.read_plan() if work.folder.is_dir() else None
+    # The same plan goes on, or is done already: neither takes anything away.
     if options.overwrite or stored == plan.contents or is_published(output, plan):
         return
     if (output / INDEX_FILE).exists():
@@ -185,6 +187,7 @@ def _check_output(
             "that command, choose another folder, or pass --overwrite to begin anew",
             key="--output",
         )
+    # It may be what another corpus, prepared elsewhere, was encoded with.
     if kept.is_file() and kept.read_bytes() != tokenizer.contents:
         raise InputError(
             f"--output {output}: holds another {TOKENIZER_FILE} than --tokenizer "
@@ -219,6 +222,7 @@ class _Preparation:
         with self.work.gate():
             if self._settle():
                 return self._published(was_finished=True)
+            # Inside of the gate: between the look and the join nobody can clear the folder.
             working = self.work.join()
         try:
             with working:
@@ -230,6 +234,8 @@ class _Preparation:
                 return self._finish()  # whoever removed the plan has published, or is to be named
         except BaseException:
             with suppress(OSError), self.work.gate():
+                # What took a while to make stays for the next start; an empty beginning only looks
+                # like work.
                 if not self.work.holds_work():
                     self.work.discard()
                 elif self.work.read_plan() is not None:
@@ -241,6 +247,8 @@ class _Preparation:
         _check_output(self.options, self.tokenizer, self.work, self.plan)
         stored = self.work.read_plan()
         if stored == self.plan.contents:
+            # A publication that was cut off: the shards may have moved already, so it is finished,
+            # not redone.
             if is_decided(self.work):
                 self._publish()
                 return True
@@ -258,10 +266,13 @@ class _Preparation:
         with ExitStack() as stack:
             encoders = stack.enter_context(Encoders(self.tokenizer, options.rules, options.workers))
             stack.callback(self._close)
+            # Every num_tasks-th: parts of one size are spread over the tasks, whatever the order of
+            # files.
             own = range(options.task, count, options.num_tasks)
             open_parts = [number for number in own if not self.work.is_complete(number)]
             if not open_parts and not options.deduplicate:
                 return
+            # A task without parts of its own helps here too: all wait for the digests of all.
             if options.deduplicate and self._missing():
                 find_duplicates(self.work, self.plan, encoders, options.task, options.num_tasks)
             if not open_parts:
@@ -272,6 +283,7 @@ class _Preparation:
         sizes = {number: sum(f.num_bytes for f in self.plan.parts[number]) for number in own}
         total = sum(sizes.values())
         done = total - sum(sizes[number] for number in open_parts)
+        # What an earlier start did counts as done, else the bar would begin anew.
         self.read.finished_bytes = done
         num_tokens = 0
         with Progress("prepare", total, "tokens", done) as progress:
@@ -300,6 +312,7 @@ class _Preparation:
                 lock.close()
                 continue
             folder = self.work.part(number)
+            # Other files in there are those of deduplication, which are not made again.
             state = resume_part(folder, keep=(PART_LOCK, DIGESTS_FILE))
             writer = PartWriter(folder, state, self.options.shard_tokens)
             part = self.at[number] = _PartWork(lock, writer, state.position)
@@ -318,6 +331,7 @@ class _Preparation:
         for piece in read_pieces(files, self.read, start):
             end = piece.end_number
             yield piece
+        # Known only when all was read: behind the last file, so that a restart opens none.
         part.end = Position(len(files), 0, end)
 
     def _missing(self) -> tuple[int, ...]:
@@ -329,6 +343,7 @@ class _Preparation:
         missing = self._missing()
         with self.work.gate():
             if self.work.read_plan() == self.plan.contents:
+                # Looked at again inside of the gate: the last part may have come in between.
                 if missing := tuple(n for n in missing if not self.work.is_complete(n)):
                     count, tasks = len(self.plan.parts), self.options.num_tasks
                     return Prepared(None, self._left_out(), count, missing, tasks)
@@ -355,6 +370,7 @@ class _Preparation:
         states = [self.work.read_complete(number) for number in range(len(self.plan.parts))]
         parts = [state for state in states if state is not None]
         left_out = sum((part.left_out for part in parts), self.plan.left_out)
+        # An index without shards would be refused by every reader: say now what was left out.
         if not any(part.shards for part in parts):
             self.work.finish()  # there is nothing to go on with
             raise InputError(

@@ -104,7 +104,9 @@ class StepBatch:
 
 def sample_digest(number: int, tokens_T: np.ndarray) -> bytes:
     """Returns sha256(sample number as int64 LE + tokens as int32 LE)."""
+    # The number too: two samples of equal tokens must not be exchangeable.
     digest = hashlib.sha256(number.to_bytes(8, "little", signed=True))
+    # One width and one byte order, whatever the shards store.
     digest.update(tokens_T.astype("<i4").data)
     return digest.digest()
 

@@ -96,6 +96,7 @@ class StepLoader(Iterator[StepBatch]):
             InputError, StorageError: what the first failing read raised, now and ever after; also
                 StorageError where data.timeout_seconds have passed.
         """
+        # For ever: a loop that catches the error must not go on with the step after it.
         if self._failure is not None:
             raise self._failure
         if self._closed:
@@ -104,6 +105,7 @@ class StepLoader(Iterator[StepBatch]):
         reads = [self._wait_for(number) for number in range(first, first + self._per_step)]
         with self._changed:
             for number in range(first, first + self._per_step):
+                # Given and forgotten together: the threads may then read one step further.
                 self._done.pop(number, None)
             self._next_to_give += self._per_step
             self._changed.notify_all()
@@ -120,6 +122,7 @@ class StepLoader(Iterator[StepBatch]):
             self._changed.notify_all()
         until = time.monotonic() + CLOSE_SECONDS
         for thread in self._threads:
+            # A read that hangs is left behind: the process ends without it.
             thread.join(max(0.0, until - time.monotonic()))
         self._reader.close()
 
@@ -133,6 +136,8 @@ class StepLoader(Iterator[StepBatch]):
                     raise StopIteration
                 waited = time.monotonic() - started
                 if waited >= timeout:
+                    # As if the read had failed: the thread, should it return after all, changes
+                    # nothing any more.
                     self._done[number] = StorageError(
                         f"no data for {timeout:g} s, still reading {self._reader.busy_with()}; "
                         "check the storage, or raise data.timeout_seconds"
@@ -148,6 +153,7 @@ class StepLoader(Iterator[StepBatch]):
         return found
 
     def _read_ahead(self) -> None:
+        # Bounds the memory: that many micro-batches wait at most.
         ahead = self._data.prefetch_steps * self._per_step
         while True:
             with self._changed:
@@ -163,6 +169,7 @@ class StepLoader(Iterator[StepBatch]):
             except BaseException as error:  # whatever it is, the training loop must hear of it
                 found = error
             with self._changed:
+                # Not over what is there: the training loop may have given up on it.
                 self._done.setdefault(number, found)
                 self._changed.notify_all()
             if isinstance(found, BaseException):
@@ -170,6 +177,7 @@ class StepLoader(Iterator[StepBatch]):
 
     def _read(self, number: int) -> _Read:
         step, micro_batch = divmod(number, self._per_step)
+        # A function of the number alone, so that any thread may read any micro-batch.
         first_sample = self._start_sample + step * self._global_batch_size
         first_slot = self._first_slot + micro_batch * self._micro_batch_size
         slots = range(first_slot, first_slot + self._micro_batch_size)

@@ -72,6 +72,8 @@ class Mixture:
 
     def _order(self, period: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns per place of the period the source, and its earlier samples in the period."""
+        # Shuffled among SPREAD neighbours only: any stretch stays within a few samples of its
+        # shares.
         blocks = [
             first
             + permutation(
@@ -90,6 +92,7 @@ class Mixture:
 def _even_order(quotas: Sequence[int]) -> np.ndarray:
     """Returns the sources of one period, each at even distances: int64 (period,)."""
     sources = np.repeat(np.arange(len(quotas)), quotas)
+    # Middle of each of the quota's equal intervals: the k-th of n stands at (k + 1/2) / n.
     times = np.concatenate([(np.arange(quota) + 0.5) / quota for quota in quotas])
     return sources[np.argsort(times, kind="stable")]
 
@@ -104,6 +107,7 @@ def source_quotas(sources: Sequence[Weighted], split: str) -> tuple[int, ...]:
     Raises:
         InputError: a source too light to have one sample in the longest period.
     """
+    # From the text: the float 0.1 has a period of 2**55.
     weights = [Fraction(str(source.weight)) for source in sources]
     total = sum(weights, Fraction(0))
     shares = [weight / total for weight in weights]
@@ -112,6 +116,7 @@ def source_quotas(sources: Sequence[Weighted], split: str) -> tuple[int, ...]:
         return tuple(int(share * period) for share in shares)
     exact = [share * MAX_PERIOD for share in shares]
     quotas = [math.floor(quota) for quota in exact]
+    # Ties by number, so that the same weights always give the same quotas.
     by_remainder = sorted(range(len(exact)), key=lambda s: (quotas[s] - exact[s], s))
     for source in by_remainder[: MAX_PERIOD - sum(quotas)]:
         quotas[source] += 1

@@ -62,6 +62,7 @@ def permutation(size: int, seed: int, *key: int) -> np.ndarray:
         int64 (size,).
     """
     words = np.random.Philox(np.random.SeedSequence((seed, *key))).random_raw(size)
+    # Stable: equal words, as rare as they are, keep their order with every sorting algorithm.
     return np.argsort(words, kind="stable")
 
 
@@ -123,6 +124,7 @@ class SourceOrder:
     def place(self, number: int) -> WindowPlace:
         """Returns the place of the source's sample `number`, O(1) in the number."""
         epoch, position = divmod(number, self.num_windows)
+        # No state: the place of sample 10**9 costs what that of sample 0 does.
         block, offset = divmod(position, self._shuffle_block)
         start = int(self.windows(epoch, block)[offset]) * self._seq_len
         return WindowPlace(epoch, start, min(start + self._seq_len, self.num_stream_tokens))
@@ -133,6 +135,7 @@ class SourceOrder:
         shards, starts = order.shards, order.starts
         turn = bisect_right(starts, place.start) - 1
         found: list[Stretch] = []
+        # A window goes on in the next shard: the end of a shard is no border.
         position, last = place.start, place.stop
         while position < last:
             base, end = starts[turn], starts[turn + 1]
@@ -143,6 +146,7 @@ class SourceOrder:
 
     def pieces(self, epoch: int, stretch: Stretch) -> list[Piece]:
         """Returns the stretches of documents that fill a part of a window, in stream order."""
+        # Reads the shard's table, the first time: `stretches` above can do without.
         order = self._documents(epoch, stretch.shard)
         documents, starts = order.documents, order.starts
         turn = bisect_right(starts, stretch.start) - 1
@@ -158,6 +162,7 @@ class SourceOrder:
     def windows(self, epoch: int, block: int) -> np.ndarray:
         """Returns the windows of a shuffle block in reading order, int64 (size,)."""
         first = block * self._shuffle_block
+        # The last block of an epoch is smaller; its permutation depends on its size.
         size = min(self._shuffle_block, self.num_windows - first)
         return self._block_orders.get_or_make(
             (epoch, block),

@@ -56,6 +56,7 @@ class Window:
         size = len(eos)
         if opens:
             self.inputs.append(eos)
+        # A piece that goes on gives its last token as a label only: the next piece has it as input.
         self.inputs.append(text if closes else text[:-size])
         self.last_labels.append(eos if closes else text[-size:])
         self.lengths.append(len(text) // size - 1 + opens + closes)
@@ -114,6 +115,8 @@ def token_index(slots: Sequence[int], sizes: Sequence[int], seq_len: int) -> np.
     """
     return np.concatenate(
         [
+            # By slot and not by sample: random draws of a token are keyed by its place in the
+            # global batch.
             np.arange(slot * seq_len, slot * seq_len + size, dtype=np.int64)
             for slot, size in zip(slots, sizes, strict=True)
         ]
@@ -130,6 +133,7 @@ def _joined(windows: Sequence[Window]) -> tuple[np.ndarray, np.ndarray, np.ndarr
     last_labels = b"".join([label for window in windows for label in window.last_labels])
     tokens_T = np.frombuffer(inputs, dtype).astype(np.int64)
     labels_T = np.empty_like(tokens_T)
+    # Right inside of each piece and wrong at its last place, which the next line sets.
     labels_T[:-1] = tokens_T[1:]
     labels_T[cu_seqlens[1:] - 1] = np.frombuffer(last_labels, dtype)
     return tokens_T, labels_T, cu_seqlens

@@ -94,6 +94,7 @@ def next_phases(earlier: Sequence[Phase], data: DataConfig, consumed_samples: in
             key="data.train",
         )
     stands = _stands(earlier, consumed_samples, data.seed or 0)
+    # Never a key again: the order of a source that left must not come back under a new one.
     next_key = 1 + max(stands)
     sources: list[PhaseSource] = []
     for config, index in described:
@@ -114,6 +115,7 @@ def _stands(phases: Sequence[Phase], consumed_samples: int, seed: int) -> dict[i
     ends = [*(phase.first_sample for phase in phases[1:]), consumed_samples]
     for phase, end in zip(phases, ends, strict=True):
         mixture = Mixture(source_quotas(phase.sources, "train"), seed)
+        # Counted, not saved: the state of the data is a number of samples and the phases.
         given = mixture.counts(end - phase.first_sample)
         for source, count in zip(phase.sources, given, strict=True):
             stands[source.key] = replace(source, first_turn=source.first_turn + count)
@@ -141,6 +143,7 @@ def _placed(config: SourceConfig, index: ShardIndex, key: int, turn: int) -> Pha
 
 def _differences(last: Phase, described: Sequence[tuple[SourceConfig, ShardIndex]]) -> list[str]:
     """Returns what has changed since a phase, for people; nothing where its order is the same."""
+    # By the bytes and the weights: a folder that moved or was renamed changes no sample.
     then = [(source.fingerprint, source.weight) for source in last.sources]
     now = [(index.fingerprint, float(config.weight)) for config, index in described]
     if then == now:

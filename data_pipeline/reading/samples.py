@@ -54,6 +54,7 @@ class SampleReader:
         seed = data.seed or 0
         self._mixture = Mixture(source_quotas(sources, split), seed)
         self._first_sample = phase.first_sample if phase else 0
+        # A source that stays in a new phase goes on where it was; keys keep their orders apart.
         self._first_turns = [place.first_turn for place in phase.sources] if phase else None
         keys = [place.key for place in phase.sources] if phase else range(len(sources))
         self._sources = [
@@ -102,12 +103,14 @@ class SourceReader:
         self.order = make_order(index, self.reader, data, seed, key)
         self._label = source.label
         self.dtype = stored_dtype(index)
+        # As it would be stored: texts are joined as bytes and converted once for a whole window.
         self._eos = np.array([index.eos_id], self.dtype).tobytes()
         self._skips = data.on_damage == "skip"
         self._busy: dict[int, int] = {}
 
     def busy_with(self) -> list[str]:
         """Returns the paths of the shards that threads are reading just now."""
+        # A copy: threads write to it meanwhile.
         shards = set(self._busy.copy().values())
         index, storage = self.reader.index, self.reader.storage
         return [storage.path(index.shards[shard].tar_name) for shard in shards]
@@ -124,6 +127,7 @@ class SourceReader:
             except DamagedDataError as error:
                 self._leave_out(window, stretch, None, stretch.stop - stretch.start, error)
         del self._busy[thread]
+        # A step keeps its number of samples, whatever was left out.
         if not window.lengths:
             window.add_empty_document(self._eos)
         return window

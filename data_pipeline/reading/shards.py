@@ -69,6 +69,8 @@ class OpenShard:
         self._index, self._storage, self._shard = index, storage, shard
         self.dtype = stored_dtype(index)
         self._itemsize = self.dtype.itemsize
+        # Opened at the first read: an order needs the table alone, and behind a URL opening is a
+        # download.
         self._file: StoredFile | None = None
         # Views, whose items are plain numbers: an item of an array costs ten times as much.
         rows = self.table.rows
@@ -153,6 +155,8 @@ class OpenShard:
         contents = self._sound(contents, size, offset, document, problem)
         try:
             metadata = json.loads(contents)
+            # Checksums prove the bytes those that were written; this, that what was written makes
+            # sense.
             agrees = metadata["num_tokens"] == row["num_tokens"] and all(
                 isinstance(metadata[name], str) for name in ("id", "domain", "source")
             )
@@ -234,6 +238,7 @@ def open_documents(
     """
     storage = open_storage(location, options)
     reader = ShardReader(read_index(location, storage), storage)
+    # The count of the index, so that 0, which means all, needs no case of its own.
     left = max_documents or reader.index.num_documents
     for entry in reader.index.shards:
         if not left:

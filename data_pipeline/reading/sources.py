@@ -68,9 +68,11 @@ def open_sources(data: DataConfig, vocab_size: int) -> SourceSummary:
     indexes = [
         read_index(source.path, storage) for source, storage in zip(sources, storages, strict=True)
     ]
+    # All against the first: tokens of one run mean the same in every source.
     first = indexes[0]
     for index in indexes:
         _check_tokenizer(index, first, vocab_size)
+    # Every folder's own file is read: one whose tokenizer was exchanged would decode wrongly.
     tokenizers = [
         read_tokenizer(index, storage) for index, storage in zip(indexes, storages, strict=True)
     ]
@@ -159,6 +161,7 @@ def shard_problem(storage: Storage, shard: Shard) -> str:
     """Returns what is wrong with a shard at first sight, or an empty string."""
     path = storage.path(shard.tar_name)
     try:
+        # Its size is in no index: its presence is all that can be seen without reading it.
         storage.size(shard.table_name)
     except FileNotFoundError:
         return f"{storage.path(shard.table_name)}: missing"

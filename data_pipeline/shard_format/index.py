@@ -206,6 +206,7 @@ def read_index(location: Location, storage: Storage | None = None) -> ShardIndex
         InputError: no such folder, an unfinished one, or an index that cannot be used.
         StorageError: the storage does not answer.
     """
+    # What is told of a folder depends on why it cannot be read: each has another way out.
     storage = storage or open_storage(location)
     where = storage.location
     path = storage.path(INDEX_FILE)
@@ -229,12 +230,14 @@ def read_index(location: Location, storage: Storage | None = None) -> ShardIndex
         ) from error
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         raise InputError(f"{path}: not an index of `megadlcm data prepare`; name a shard folder")
+    # Before the digest: another version may compute it in another way.
     if contents.get("version") != VERSION:
         raise InputError(
             f"{path}: version {contents.get('version')}, this program reads {VERSION}; "
             "run `megadlcm data prepare --overwrite` with this program"
         )
     try:
+        # Popped: the digest is that of all entries but itself.
         if contents.pop("index_sha256") != _header_digest(contents):
             raise ValueError("its own digest differs")
         rows = _read_rows(storage, contents)
@@ -263,6 +266,7 @@ def _read_rows(storage: Storage, contents: dict[str, Any]) -> np.ndarray:
 
 
 def _decode(location: str, contents: dict[str, Any], rows: np.ndarray) -> ShardIndex:
+    # The digest proves the bytes; a wrong writer could still sign counts that disagree.
     keys = ("tokenizer_sha256", "vocab_size", "eos_id", "max_token_id", "token_dtype")
     domains = contents["domains"].items()
     index = ShardIndex(
@@ -278,6 +282,7 @@ def _decode(location: str, contents: dict[str, Any], rows: np.ndarray) -> ShardI
     ):
         if len(rows) and found != totals:
             raise ValueError(f"documents, tokens, bytes = {totals}, its {what} add up to {found}")
+    # The end of text is among the ids that a reader meets, so it bounds the largest from below.
     if not index.eos_id <= index.max_token_id < index.vocab_size:
         raise ValueError(f"max_token_id = {index.max_token_id}")
     if (rows["num_documents"] < 1).any() or (rows["num_tokens"] < rows["num_documents"]).any():
@@ -292,6 +297,7 @@ def _decode(location: str, contents: dict[str, Any], rows: np.ndarray) -> ShardI
 def _checked(entry: dict[str, Any]) -> dict[str, Any]:
     """Returns an entry whose texts are texts and whose other values are counts."""
     for key, value in entry.items():
+        # type() and not isinstance: True is an int, and no count.
         if not (isinstance(value, str) if key in _TEXTS else type(value) is int and value >= 0):
             raise ValueError(f"{key} = {value!r}")
     return entry

@@ -26,6 +26,7 @@ def decode_prepared(contents: bytes) -> dict[str, Any]:
     facts = json.loads(contents.decode("utf-8"))
     if isinstance(facts, dict):
         facts.pop(_DIGEST, None)
+        # Byte for byte: another order of the keys or another space was not written here.
         if encode_prepared(facts) == contents:
             return facts
     raise ValueError("not the one that was written with the shards")

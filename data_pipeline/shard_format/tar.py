@@ -11,6 +11,7 @@ RECORD_BYTES = 10240
 NAME_BYTES = 100
 """Of a header's first field, a zero behind the name included."""
 
+# Eleven octal digits; GNU's and pax's ways to tell more are not read by everyone.
 _LARGEST_MEMBER = 8**11
 _SIZE_AT, _TIME_AT, _CHECKSUM_AT, _TYPE_AT = 124, 136, 148, 156
 # TarInfo's own defaults are what reproducible bytes need: mtime, uid and gid 0, mode 0644.

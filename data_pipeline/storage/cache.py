@@ -65,12 +65,14 @@ class ShardCache:
         path = f"{self._url}/{name}"
         if (name, sha256) in self._damaged:  # found by several downloads: not once more
             raise DamagedDataError(self._damaged[name, sha256])
+        # Else it would wait for ever for room that removing copies cannot make.
         if size > self._options.cache_bytes:
             raise InputError(
                 f"data.cache_bytes = {self._options.cache_bytes}: {path} alone has {size} bytes; "
                 "set data.cache_bytes to many times that",
                 key="data.cache_bytes",
             )
+        # Named after its bytes: an upload of other ones is another copy, and none is mixed.
         copy = self._folder / f"{name}.{sha256.hex()[:DIGEST_CHARACTERS]}"
         disk_was_full = False
         file = self._open_copy(copy, size)
@@ -87,9 +89,12 @@ class ShardCache:
                 except DiskFullError:
                     if disk_was_full:
                         raise
+                    # The bound counts our files; others may have filled the disk: once more,
+                    # without any copy.
                     disk_was_full = True
                 finally:
                     reserved.discard()
+            # Somebody else may have downloaded it while this process waited for room.
             file = file or self._open_copy(copy, size)
         self._opened.add(name)
         return file
@@ -102,6 +107,7 @@ class ShardCache:
     def _open_copy(self, copy: Path, size: int) -> LocalFile | None:
         """Opens a complete copy, which marks it as used."""
         try:
+            # A copy cut by a full disk or by hand; `reserve` removes it.
             if copy.stat().st_size != size:
                 return None
             file = LocalFile(str(copy), self._options)
@@ -119,11 +125,13 @@ class ShardCache:
         """Fills a partial file with the bytes of a shard, as often as it takes."""
 
         def attempt() -> None:
+            # Hashed as it passes: another read of gigabytes would cost as much as the download.
             digest, missing = hashlib.sha256(), size
             partial.rewind()
             with contextlib.closing(chunks()) as download:
                 for chunk in download:
                     missing -= len(chunk)
+                    # Before it is written: only `size` bytes are reserved.
                     if missing < 0:
                         raise _WrongBytesError(f"longer than the {size} bytes written")
                     digest.update(chunk)
@@ -137,6 +145,8 @@ class ShardCache:
         try:
             with_retries(attempt, path, self._options, transient=(Exception,))
         except StorageError as error:
+            # A store that fails is no statement on the bytes; one that gives wrong bytes each time
+            # is.
             if not isinstance(error.__cause__, _WrongBytesError):
                 raise
             problem = (

@@ -69,6 +69,8 @@ class CacheSpace:
             for download in downloads:
                 if download.copy == str(copy):
                     return download
+            # Downloads count with their full size from the start, so that the bound holds at every
+            # moment.
             taken = sum(entry.size for entry in (*copies, *downloads))
             while copies and (remove_all or taken + size > self._cache_bytes):
                 taken -= _remove(copies.pop(0))
@@ -135,6 +137,7 @@ class CacheSpace:
         for folder in os.scandir(self.root):
             if _FOLDER.fullmatch(folder.name) and folder.is_dir(follow_symlinks=False):
                 entries += _files_of(folder.path)
+        # By path where times are equal: every process would give up the same one.
         entries.sort(key=lambda entry: (entry.last_use, entry.path))
         downloads = []
         for entry in entries:
@@ -169,6 +172,8 @@ class Partial:
         self._lock = lock_new_file(self.path)
         try:
             try:
+                # A file system without it gets a sparse file: the bound holds, the disk may still
+                # run full.
                 os.posix_fallocate(self._lock.descriptor, 0, size)
             except OSError as error:
                 if error.errno not in _CANNOT_RESERVE:
@@ -185,6 +190,7 @@ class Partial:
         view = memoryview(chunk)
         while view:
             try:
+                # os.write may write less than it was given.
                 view = view[os.write(self._lock.descriptor, view) :]
             except OSError as error:
                 if error.errno in _DISK_FULL:

@@ -20,6 +20,7 @@ class LocalFile:
     def __init__(self, path: str, options: StorageOptions) -> None:
         """Opens it; raises FileNotFoundError and others as `with_retries` does."""
         self._path, self._options = path, options
+        # For __del__, which runs as well where the open below fails.
         self._descriptor = -1
         self._descriptor = with_retries(lambda: os.open(path, os.O_RDONLY), path, options)
 
@@ -33,6 +34,7 @@ class LocalFile:
         try:
             contents = os.pread(self._descriptor, size, offset)
         except OSError as error:
+            # A mistake of this program; another attempt could read somebody else's file.
             if error.errno == errno.EBADF:
                 raise
             contents = b""
@@ -51,6 +53,7 @@ class LocalFile:
                 self._path,
                 self._options,
             )
+            # The file ends: what is missing is for the caller to judge.
             if not part:
                 break
             parts.append(part)

@@ -32,6 +32,7 @@ class RemoteFolder:
         Raises:
             InputError: fsspec does not know the protocol, or lacks a package for it.
         """
+        # A bare protocol is a root of its own; its slashes are no trailing ones.
         self._url = url if url.endswith("://") else url.rstrip("/")
         self._options = options
         protocols = _known_protocols(url)
@@ -82,6 +83,7 @@ class RemoteFolder:
 
         def read(system: Any, path: str) -> bytes:
             contents: bytes = system.cat_file(path)
+            # Some servers hang up early without an error.
             _check_arrived(len(contents), _size(system, path))
             return contents
 
@@ -137,6 +139,7 @@ class RemoteFolder:
         system = None
         try:
             system, folder = url_to_fs(self._url, use_listings_cache=False, **self._settings)
+            # A listing kept from before would hide a file that has just come.
             system.invalidate_cache()
             yield system, f"{folder.rstrip('/')}/{name}" if name else folder
         except Exception as error:
@@ -144,6 +147,8 @@ class RemoteFolder:
             if meaning is not FileNotFoundError and system is not None:
                 system.clear_instance_cache()  # the next attempt connects anew
             path = self.path(name) if name else self._url
+            # A server that does not answer, told as a missing file: as such it would never be tried
+            # again.
             if meaning is None and isinstance(error, FileNotFoundError):
                 cause = error.__cause__
                 raise OSError(f"{type(cause).__name__}: {cause}") from error
@@ -221,6 +226,7 @@ def _status(error: BaseException) -> object:
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    # Each library bears it under another name, on the exception or on its response.
     for bearer in (error, response):
         for name in ("status", "status_code", "code"):
             if isinstance(status := getattr(bearer, name, None), int):

@@ -49,6 +49,7 @@ def with_retries(
             return read()
         except _SAID_AT_ONCE:
             raise
+        # An OSError as well, but one that no pause mends.
         except PermissionError as error:
             raise InputError(f"{what}: cannot be read (permission denied); change it") from error
         except transient as error:
@@ -62,5 +63,6 @@ def with_retries(
                 "%s: attempt %d failed (%s), again in %.1f s", what, attempt, reason, wait
             )
             time.sleep(wait)
+            # Doubling: an overloaded storage is not helped by readers that all come back at once.
             wait = min(2 * wait, LONGEST_WAIT_SECONDS)
     raise AssertionError("no attempt was made")

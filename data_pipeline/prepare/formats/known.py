@@ -20,6 +20,7 @@ ENDINGS = tuple(ending for each in FORMATS for ending in each.endings)
 
 def format_named(name: str) -> Format | None:
     """Returns the format of files that are called so, None where there is none."""
+    # No ending is that of two formats, so that the order of the rows decides nothing.
     return next((each for each in FORMATS if name.endswith(each.endings)), None)
 
 

@@ -20,6 +20,7 @@ def cut_lines(
     record = 0
     for contents in _whole_lines(plain_chunks(path, raw, piece_bytes), piece_bytes):
         count = contents.count(b"\n") + (not contents.endswith(b"\n"))
+        # A restart begins inside of a piece: the lines before are finished already.
         hidden = min(max(skip - record, 0), count)
         if hidden < count:
             yield record + hidden, _behind_lines(contents, hidden), count - hidden
@@ -39,6 +40,7 @@ def _whole_lines(chunks: Iterator[bytes], piece_bytes: int) -> Iterator[bytes]:
     for chunk in chunks:
         for at in range(0, len(chunk), piece_bytes):  # a chunk may hold far more than was read
             part = chunk[at : at + piece_bytes]
+            # A newline byte is always a newline: UTF-8 has no other use for it.
             end = part.rfind(b"\n") + 1
             if end:
                 yield b"".join([*begun, part[:end]])

@@ -42,6 +42,8 @@ def cut_rows(
             row = 0
             for group in range(file.num_row_groups):
                 rows = file.metadata.row_group(group).num_rows
+                # Whole row groups before the place are not read: a restart costs no more than the
+                # group it is in.
                 if row + rows > skip:
                     batches = file.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns)
                     yield from _pieces(batches, row, skip, piece_bytes)
@@ -93,6 +95,7 @@ def _columns(path: Path, schema: pyarrow.Schema) -> list[str]:
             f"{', '.join(schema.names) or 'none'}); add or rename the column"
         )
     kind = schema.field("text").type
+    # Writers keep few different texts as a dictionary; the reader hands the texts out all the same.
     plain = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     if not (pyarrow.types.is_string(plain) or pyarrow.types.is_large_string(plain)):
         raise InputError(f"{path}: column `text` holds {kind}, must hold strings; convert it")

@@ -15,6 +15,7 @@ def cut_nothing(
     path: Path, raw: IO[bytes], skip: int, piece_bytes: int
 ) -> Iterator[tuple[int, bytes, int]]:
     """Yields the file as one record."""
+    # A file is one record: behind it there is nothing to go on with.
     if skip == 0:
         yield 0, b"".join(plain_chunks(path, raw, piece_bytes)), 1
 
@@ -25,6 +26,7 @@ def text_document(piece: Piece, domain: str) -> Iterator[tuple[int, TextDocument
     try:
         text = contents.decode("utf-8")
     except UnicodeDecodeError as error:
+        # An editor finds a line, not a byte of the file.
         line = contents.count(b"\n", 0, error.start) + 1
         raise bad_utf8(f"{path}:{line}", error.start) from error
     name = piece.file.relative
