@@ -13,7 +13,8 @@ from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
 from data_pipeline.errors import InputError, StorageError
-from data_pipeline.inspection.verify_shard import FolderFacts, ShardReport, verify_shard
+from data_pipeline.inspection.verify_shard import ShardReport, verify_shard
+from data_pipeline.inspection.walk import FolderFacts
 from data_pipeline.options import check_least
 from data_pipeline.progress import Progress, say
 from data_pipeline.reading.sources import read_tokenizer

@@ -43,6 +43,7 @@ MAY_IMPORT = {
         "data_pipeline.shard_format",
         "data_pipeline.tokenizer",
     ),
+    "data_pipeline.prepare.formats": ("data_pipeline.errors", "data_pipeline.prepare.compression"),
     "data_pipeline.inspection": ("data_pipeline",),
     "data_pipeline.commands": ("data_pipeline",),
     "megadlcm": ("megadlcm.commands",),

@@ -13,12 +13,8 @@ import pytest
 
 from data_pipeline import read_index
 from data_pipeline.config import SourceConfig
-from data_pipeline.inspection.verify_shard import (
-    SHOWN_DOCUMENTS,
-    FolderFacts,
-    ShardReport,
-    verify_shard,
-)
+from data_pipeline.inspection.verify_shard import SHOWN_DOCUMENTS, ShardReport, verify_shard
+from data_pipeline.inspection.walk import FolderFacts
 from data_pipeline.shard_format.index import Shard
 from data_pipeline.shard_format.records import encode_record
 from data_pipeline.shard_format.table import (
