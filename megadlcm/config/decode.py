@@ -161,7 +161,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _parse(text: str, origin: str) -> Any:
+def _parse(text: str, origin: str, key: str = "") -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
     # an escape such as \UFFFFFFFF is a number that PyYAML does not check
@@ -170,7 +170,8 @@ def _parse(text: str, origin: str) -> Any:
         where = f" in line {mark.line + 1}" if mark is not None else ""
         reason = getattr(error, "problem", None) or getattr(error, "reason", None) or error
         raise InputError(
-            f"{origin}: YAML that cannot be read{where}: {_short(reason)}; correct it"
+            f"{origin}: YAML that cannot be read{where}: {_short(reason)}; correct it",
+            key=_short(key),
         ) from error
 
 
@@ -178,9 +179,10 @@ def _parse_override(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise InputError(
-            f"override '{_short(override)}' must be key=value; for example training.train_steps=50"
+            f"override '{_short(override)}' must be key=value; for example training.train_steps=50",
+            key=_short(key),
         )
-    return key, _parse(text, f"override {_short(key)}")
+    return key, _parse(text, f"override {_short(key)}", key)
 
 
 def _apply_override(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -193,7 +195,8 @@ def _apply_override(tree: dict[str, Any], key: str, value: Any) -> None:
             parent = _short(".".join(sections[: depth + 1]))
             raise InputError(
                 f"override {_short(key)}: {parent} has no keys below it; override {parent} as a "
-                "whole"
+                "whole",
+                key=parent,
             )
     tree[last] = value
 
@@ -210,8 +213,8 @@ def _decode_section(section: type[Section], tree: Any, prefix: str) -> Section:
         values[fields[key].name] = _decode(hints[fields[key].name], value, _join(prefix, key))
     for key, field in fields.items():
         if field.name not in values and _is_required(field):
-            kind = _describe(hints[field.name])
-            raise InputError(f"{_join(prefix, key)} is missing, must be {kind}; give it a value")
+            kind, missing = _describe(hints[field.name]), _join(prefix, key)
+            raise InputError(f"{missing} is missing, must be {kind}; give it a value", key=missing)
     return section(**values)
 
 
@@ -306,20 +309,20 @@ def _describe(hint: Any) -> str:
 
 def _wrong(key: str, value: Any, rule: str, way_out: str) -> InputError:
     shown = json.dumps(value, default=str, ensure_ascii=False)
-    return InputError(f"{key or 'config'} = {_short(shown)}, must be {rule}; {way_out}")
+    return InputError(f"{key or 'config'} = {_short(shown)}, must be {rule}; {way_out}", key=key)
 
 
 def _unknown(key: str, siblings: list[str], prefix: str) -> InputError:
     """Names the nearest key of the same section, or the same name in another section."""
-    leaf = key.rpartition(".")[2]
+    leaf, shown = key.rpartition(".")[2], _short(key)
     nearest = [_join(prefix, name) for name in difflib.get_close_matches(leaf, siblings, n=1)]
     same_name = [name for name in config_keys() if name.rpartition(".")[2] == leaf]
     for candidates in (nearest, same_name):
         if candidates:
             way_out = f"did you mean {candidates[0]}?"
-            return InputError(f"{_short(key)} is not a config key; {way_out}")
+            return InputError(f"{shown} is not a config key; {way_out}", key=shown)
     way_out = f"{prefix or 'a run'} has {', '.join(siblings)}"
-    return InputError(f"{_short(key)} is not a config key; {way_out}")
+    return InputError(f"{shown} is not a config key; {way_out}", key=shown)
 
 
 def _short(value: Any) -> str:

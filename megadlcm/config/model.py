@@ -144,7 +144,8 @@ class ModelConfig:
             if self.num_layers < 1:
                 raise InputError(
                     "model.encoder_layers + backbone_layers + decoder_layers = 0, must be >= 1; "
-                    "give the dense model a layer"
+                    "give the dense model a layer",
+                    key="model.decoder_layers",
                 )
         self._check_segments()
 
@@ -176,12 +177,14 @@ class ModelConfig:
         if width % heads or (width // heads) % 2:
             raise InputError(
                 f"model.{width_key} = {width} over model.{heads_key} = {heads} gives a head size "
-                f"of {width / heads:g}, must be an even integer (rotary pairs); change one"
+                f"of {width / heads:g}, must be an even integer (rotary pairs); change one",
+                key=f"model.{width_key}",
             )
         if heads % kv_heads:
             raise InputError(
                 f"model.{heads_key} = {heads} is not a multiple of model.{kv_heads_key} = "
-                f"{kv_heads}; each key-value head must serve as many query heads"
+                f"{kv_heads}; each key-value head must serve as many query heads",
+                key=f"model.{heads_key}",
             )
 
     def _check_segments(self) -> None:
@@ -189,24 +192,28 @@ class ModelConfig:
         if not (math.isfinite(ratio) and ratio > 1):
             raise InputError(
                 f"model.target_tokens_per_concept = {ratio}, must be > 1; "
-                "for a concept per token train architecture: dense"
+                "for a concept per token train architecture: dense",
+                key="model.target_tokens_per_concept",
             )
         if self.max_segment_tokens != 0 and self.max_segment_tokens < 2:
             raise InputError(
                 f"model.max_segment_tokens = {self.max_segment_tokens}, must be >= 2, or 0 for no "
-                "limit; choose one"
+                "limit; choose one",
+                key="model.max_segment_tokens",
             )
         if 0 < self.max_segment_tokens < ratio:
             raise InputError(
                 f"model.max_segment_tokens = {self.max_segment_tokens}, must be >= "
                 f"model.target_tokens_per_concept = {ratio}: no segment could reach the target; "
-                "raise one or lower the other"
+                "raise one or lower the other",
+                key="model.max_segment_tokens",
             )
         threshold = self.rule_threshold
         if threshold is not None and not 0.0 < threshold < 1.0:
             raise InputError(
                 f"model.rule_threshold = {threshold}, must be between 0 and 1; it is compared with "
-                "a probability (null tracks the quantile)"
+                "a probability (null tracks the quantile)",
+                key="model.rule_threshold",
             )
 
 

@@ -55,12 +55,14 @@ class ParallelConfig:
                 f"parallel.zero_stage = {self.zero_stage}, must be 0 or 1 with "
                 f"parallel.pipeline_parallel_size = {self.pipeline_parallel_size}: gradients of a "
                 "stage are summed over many micro-batches before they may be shared out; set "
-                "parallel.zero_stage=1"
+                "parallel.zero_stage=1",
+                key="parallel.zero_stage",
             )
         if self.sequence_parallel and self.tensor_parallel_size == 1:
             raise InputError(
                 "parallel.sequence_parallel = true needs parallel.tensor_parallel_size > 1: it "
-                "splits rows over those processes; leave it false"
+                "splits rows over those processes; leave it false",
+                key="parallel.sequence_parallel",
             )
 
     @property
@@ -85,7 +87,8 @@ class ParallelConfig:
                 f"world size = {world_size}, must be a multiple of "
                 f"parallel.tensor_parallel_size * parallel.pipeline_parallel_size = "
                 f"{self.tensor_parallel_size} * {self.pipeline_parallel_size}; start "
-                f"{self.model_parallel_size} processes or a multiple, or change these keys"
+                f"{self.model_parallel_size} processes or a multiple, or change these keys",
+                key="parallel.tensor_parallel_size",
             )
         return world_size // self.model_parallel_size
 
@@ -109,5 +112,6 @@ def check_split(model: ModelConfig, parallel: ParallelConfig) -> None:
         if value % size:
             raise InputError(
                 f"model.{key} = {value}, must be divisible by parallel.tensor_parallel_size = "
-                f"{size}: each of these processes holds an equal part; change one of them"
+                f"{size}: each of these processes holds an equal part; change one of them",
+                key=f"model.{key}",
             )

@@ -23,9 +23,10 @@ def require_at_least(section: str, config: Any, minimum: float, *keys: str) -> N
     for key in keys:
         value = getattr(config, key)
         if value is not None and not (math.isfinite(value) and value >= minimum):
+            dotted = _dotted(section, key)
             raise InputError(
-                f"{_dotted(section, key)} = {value}, must be a number >= {minimum:g}; "
-                "choose another value"
+                f"{dotted} = {value}, must be a number >= {minimum:g}; choose another value",
+                key=dotted,
             )
 
 
@@ -43,9 +44,8 @@ def require_positive(section: str, config: Any, *keys: str) -> None:
     for key in keys:
         value = getattr(config, key)
         if value is not None and not (math.isfinite(value) and value > 0):
-            raise InputError(
-                f"{_dotted(section, key)} = {value}, must be > 0; choose another value"
-            )
+            dotted = _dotted(section, key)
+            raise InputError(f"{dotted} = {value}, must be > 0; choose another value", key=dotted)
 
 
 def require_share(section: str, config: Any, *keys: str) -> None:
@@ -62,9 +62,10 @@ def require_share(section: str, config: Any, *keys: str) -> None:
     for key in keys:
         value = getattr(config, key)
         if not 0.0 <= value <= 1.0:
+            dotted = _dotted(section, key)
             raise InputError(
-                f"{_dotted(section, key)} = {value}, must be between 0 and 1; "
-                "it is a share, not a percentage"
+                f"{dotted} = {value}, must be between 0 and 1; it is a share, not a percentage",
+                key=dotted,
             )
 
 
@@ -83,8 +84,9 @@ def require_choice(section: str, config: Any, key: str, choices: tuple[Any, ...]
     value = getattr(config, key)
     if value not in choices:
         names = ", ".join(str(choice) for choice in choices)
+        dotted = _dotted(section, key)
         raise InputError(
-            f"{_dotted(section, key)} = {value}, must be one of {names}; choose one of them"
+            f"{dotted} = {value}, must be one of {names}; choose one of them", key=dotted
         )
 
 

@@ -69,11 +69,12 @@ class RunConfig:
         require_at_least("", self, 0, "seed")
         for key in ("name", "output_dir"):
             if not getattr(self, key):
-                raise InputError(f"{key} is empty; give the run a {key}")
+                raise InputError(f"{key} is empty; give the run a {key}", key=key)
         if self.training.precision == "bf16" and self.parallel.zero_stage == 0:
             raise InputError(
                 "training.precision = bf16 with parallel.zero_stage = 0 would keep no fp32 master "
-                "weights; set parallel.zero_stage=1"
+                "weights; set parallel.zero_stage=1",
+                key="training.precision",
             )
         check_split(self.model, self.parallel)
 

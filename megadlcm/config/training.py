@@ -51,19 +51,22 @@ class TrainingConfig:
         if self.train_steps is None and self.train_tokens is None:
             raise InputError(
                 "training.train_steps and training.train_tokens are both null, one must say how "
-                "long the run is; give one of the two"
+                "long the run is; give one of the two",
+                key="training.train_steps",
             )
         if self.train_steps is not None and self.train_tokens is not None:
             raise InputError(
                 f"training.train_steps = {self.train_steps} and training.train_tokens = "
-                f"{self.train_tokens}, only one may be given; set the other one to null"
+                f"{self.train_tokens}, only one may be given; set the other one to null",
+                key="training.train_steps",
             )
         require_at_least("training", self, 1, "train_steps", "train_tokens")
         require_at_least("training", self, 1, "global_batch_size", "micro_batch_size")
         if self.global_batch_size % self.micro_batch_size:
             raise InputError(
                 f"training.global_batch_size = {self.global_batch_size} is not a multiple of "
-                f"training.micro_batch_size = {self.micro_batch_size}; change one of the two"
+                f"training.micro_batch_size = {self.micro_batch_size}; change one of the two",
+                key="training.global_batch_size",
             )
         require_choice("training", self, "precision", get_args(Precision))
         require_choice("training", self, "ratio_statistics", get_args(RatioStatistics))
@@ -86,7 +89,8 @@ class TrainingConfig:
             raise InputError(
                 f"training.global_batch_size = {self.global_batch_size} is not a multiple of "
                 f"training.micro_batch_size * replicas = {self.micro_batch_size} * "
-                f"{data_parallel_size}; change one of the three"
+                f"{data_parallel_size}; change one of the three",
+                key="training.global_batch_size",
             )
         return self.global_batch_size // together
 
@@ -132,7 +136,8 @@ class OptimizerConfig:
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise InputError(
                 f"optimizer.betas = {list(self.betas)}, each must be >= 0 and < 1; "
-                "choose for example [0.9, 0.95]"
+                "choose for example [0.9, 0.95]",
+                key="optimizer.betas",
             )
 
 
@@ -196,7 +201,8 @@ class CheckpointConfig:
         if self.asynchronous:
             raise InputError(
                 "checkpoint.async = true, must be false: this version writes checkpoints between "
-                "steps; leave it out"
+                "steps; leave it out",
+                key="checkpoint.async",
             )
 
 

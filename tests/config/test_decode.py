@@ -119,6 +119,8 @@ def test_a_wrong_override_is_refused_in_one_line_with_its_key(
         load_config(run_file, [override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert caught.value.key in str(caught.value)
+    assert bool(caught.value.key) == (override != "=3")  # which has none
 
 
 @pytest.mark.parametrize(

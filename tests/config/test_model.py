@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megadlcm.config import InputError, ModelConfig
+from megadlcm.config import InputError, ModelConfig, config_keys
 from tests.support.tiny_models import tiny_config
 
 
@@ -38,6 +38,7 @@ def test_a_wrong_shape_is_refused(options: dict[str, Any], message: str) -> None
     with pytest.raises(InputError, match=message) as caught:
         tiny_config(**options)
     assert "\n" not in str(caught.value)
+    assert caught.value.key in config_keys() and caught.value.key in str(caught.value)
 
 
 def test_the_dense_model_needs_nothing_about_concepts() -> None:

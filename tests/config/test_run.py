@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megadlcm.config import InputError, load_config
+from megadlcm.config import InputError, config_keys, load_config
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,8 @@ def test_a_wrong_run_is_refused_in_one_line(
     with pytest.raises(InputError, match=message) as caught:
         load_config(run_file, overrides)
     assert "\n" not in str(caught.value)
+    if "seq_len" not in message:  # that rule is of the data
+        assert caught.value.key in config_keys() and caught.value.key in str(caught.value)
 
 
 def test_a_budget_in_tokens_is_rounded_up_to_whole_steps(run_file: Path) -> None:
