@@ -12,6 +12,8 @@ import dataclasses
 
 from megadlcm.config.model import LEARNED_MODES, ModelConfig
 
+TRAINING_PASSES = 3
+"""Forward once, backward twice; work that is repeated by recomputation does not count."""
 _FFN_MULTIPLE = 256
 
 

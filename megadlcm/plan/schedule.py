@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from megadlcm.plan.accounting import TRAINING_PASSES
+
 
 class Operation(NamedTuple):
     """One pass of one micro-batch through one chunk."""
@@ -70,14 +72,15 @@ class _Simulation:
     def __init__(
         self, stages: Sequence[int], costs: Sequence[float], micro_batches: int, forward_only: bool
     ) -> None:
-        self.stages, self.micro_batches, self.forward_only = (
-            tuple(stages),
-            micro_batches,
-            forward_only,
-        )
+        self.stages, self.forward_only = tuple(stages), forward_only
+        # an operation that costs nothing would never let the clock go on
         smallest = max(costs, default=1.0) * 1e-6 or 1.0
         self.costs = [max(cost, smallest) for cost in costs]
         self.num_chunks, self.num_stages = len(stages), max(stages) + 1
+        self.own = [
+            [chunk for chunk, holder in enumerate(stages) if holder == stage]
+            for stage in range(self.num_stages)
+        ]
         # micro-batches of each chunk that were started and those that are ready to start
         self.started = {kind: [0] * self.num_chunks for kind in ("forward", "backward")}
         self.ready = {kind: [0] * self.num_chunks for kind in ("forward", "backward")}
@@ -91,21 +94,26 @@ class _Simulation:
         events: list[tuple[float, int, Operation]] = []
         free = [True] * self.num_stages
         busy, now = 0.0, 0.0
+        changed = set(range(self.num_stages))
         while True:
-            for stage in range(self.num_stages):
+            # only a stage that became free, or got something to do, can start anything now
+            for stage in sorted(changed):
                 operation = self._choose(stage) if free[stage] else None
                 if operation is not None:
                     free[stage] = False
-                    cost = self.costs[operation.chunk] * (1 if operation.kind == "forward" else 2)
+                    passes = 1 if operation.kind == "forward" else TRAINING_PASSES - 1
+                    cost = self.costs[operation.chunk] * passes
                     busy += cost
                     heapq.heappush(events, (now + cost, stage, operation))
             if not events:
                 break
             now = events[0][0]
+            changed.clear()
             while events and events[0][0] <= now:
                 _, stage, operation = heapq.heappop(events)
                 free[stage] = True
-                self._complete(operation)
+                changed.add(stage)
+                changed.add(self._complete(operation))
         return Schedule(
             tuple(map(tuple, self.operations)),
             self.stages,
@@ -115,37 +123,44 @@ class _Simulation:
         )
 
     def _choose(self, stage: int) -> Operation | None:
-        chunks = [chunk for chunk in range(self.num_chunks) if self.stages[chunk] == stage]
         for kind in ("backward", "forward"):
-            for chunk in reversed(chunks):
-                micro_batch = self.started[kind][chunk]
-                if micro_batch >= self.ready[kind][chunk]:
+            started, ready = self.started[kind], self.ready[kind]
+            for chunk in reversed(self.own[stage]):
+                micro_batch = started[chunk]
+                if micro_batch >= ready[chunk]:
                     continue
-                in_flight = micro_batch - self.done_backward[chunk]
-                full = in_flight >= self.num_chunks - chunk
+                # the bound of 1F1B: more would only be held longer, not be done earlier
+                full = micro_batch - self.done_backward[chunk] >= self.num_chunks - chunk
                 if kind == "forward" and full and not self.forward_only:
                     continue
-                self.started[kind][chunk] += 1
+                started[chunk] += 1
                 operation = Operation(kind, chunk, micro_batch)
                 self.operations[stage].append(operation)
-                self._note_peak(stage, chunks)
+                if kind == "forward":  # a backward pass that starts only holds what was held
+                    self._note_peak(stage)
                 return operation
         return None
 
-    def _complete(self, operation: Operation) -> None:
+    def _complete(self, operation: Operation) -> int:
+        """Hands on what an operation made; the stage that can go on with it."""
         kind, chunk, _ = operation
         if kind == "backward":
             self.done_backward[chunk] += 1
+            following = max(chunk - 1, 0)
             if chunk:
-                self.ready["backward"][chunk - 1] += 1
-        elif chunk + 1 < self.num_chunks:
-            self.ready["forward"][chunk + 1] += 1
-        elif not self.forward_only:
-            self.ready["backward"][chunk] += 1
+                self.ready["backward"][following] += 1
+        else:
+            following = min(chunk + 1, self.num_chunks - 1)
+            if following > chunk:
+                self.ready["forward"][following] += 1
+            elif not self.forward_only:
+                self.ready["backward"][chunk] += 1
+        return self.stages[following]
 
-    def _note_peak(self, stage: int, chunks: list[int]) -> None:
-        counts = tuple(
-            self.started["forward"][chunk] - self.done_backward[chunk] for chunk in chunks
+    def _note_peak(self, stage: int) -> None:
+        forward, done = self.started["forward"], self.done_backward
+        counts = tuple(forward[chunk] - done[chunk] for chunk in self.own[stage])
+        held = sum(
+            count * self.costs[chunk] for count, chunk in zip(counts, self.own[stage], strict=True)
         )
-        held = sum(count * self.costs[chunk] for count, chunk in zip(counts, chunks, strict=True))
         self.peak[stage] = max(self.peak[stage], (held, counts))

@@ -8,10 +8,7 @@ import time
 import torch
 
 from megadlcm.config import RunConfig
-from megadlcm.plan.accounting import flops_per_token
-
-TRAINING_PASSES = 3
-"""Forward once, backward twice; work that is repeated by recomputation does not count."""
+from megadlcm.plan.accounting import TRAINING_PASSES, flops_per_token
 
 # dense peak of one device, TFLOP/s: (bf16, fp32 without TF32), from the makers' data sheets; the
 # first name that a device's name contains holds
