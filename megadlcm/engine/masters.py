@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from megadlcm.engine.engine import TrainingEngine
-from megadlcm.parallel.partition import Part, piece
-from megadlcm.parallel.transfer import bring_to_first_stage, gather_pieces
+from megadlcm.parallel.partition import ShardSpec, shard
+from megadlcm.parallel.transfer import all_gather_shards, bring_to_first_stage
 
 STEP_KEY = "step"
 
@@ -36,7 +36,7 @@ def read_model(engine: TrainingEngine) -> dict[str, Tensor]:
     own = dict(engine.model.named_parameters())
     buffers = dict(_saved_buffers(engine.model))
     tensors = {}
-    for name, part in engine.partition.parts.items():
+    for name, part in engine.partition.specs.items():
         value = None
         if name in own:
             parameter = own[name]
@@ -85,7 +85,7 @@ def read_optimizer(engine: TrainingEngine) -> dict[str, Tensor]:
         {key for keys in engine.mesh.gather_over_pipeline(held) for k in keys for key in k}
     )
     tensors = {}
-    for name, part in engine.partition.parts.items():
+    for name, part in engine.partition.specs.items():
         if not part.is_parameter:
             continue
         for key in keys:
@@ -136,18 +136,18 @@ def write_optimizer(engine: TrainingEngine, tensors: Mapping[str, Tensor]) -> No
 
 
 def _own_piece(engine: TrainingEngine, name: str, whole: Tensor) -> Tensor:
-    mesh, part = engine.mesh, engine.partition.parts[name]
-    own = piece(whole, part.dimension, mesh.tensor_parallel_rank, mesh.tensor_parallel_size)
+    mesh, part = engine.mesh, engine.partition.specs[name]
+    own = shard(whole, part.dimension, mesh.tensor_parallel_rank, mesh.tensor_parallel_size)
     return own.to(mesh.device)
 
 
-def _collect(engine: TrainingEngine, part: Part, value: Tensor | None) -> Tensor | None:
+def _collect(engine: TrainingEngine, part: ShardSpec, value: Tensor | None) -> Tensor | None:
     """Puts the pieces of a tensor together and brings it to rank 0; collective.
 
     Args:
         engine: the engine.
         part: where the tensor lives.
-        value: this process's piece of it, None on other stages.
+        value: this process's shard of it, None on other stages.
 
     Returns:
         The whole tensor on the host of rank 0, None elsewhere.
@@ -156,7 +156,7 @@ def _collect(engine: TrainingEngine, part: Part, value: Tensor | None) -> Tensor
     if value is not None:
         value = value.detach()
         if part.dimension is not None:
-            value = gather_pieces(value, part.dimension, mesh)
+            value = all_gather_shards(value, part.dimension, mesh)
     if mesh.data_parallel_rank or mesh.tensor_parallel_rank:
         return None
     value = bring_to_first_stage(value, part, mesh)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from megadlcm.config import RunConfig
+from megadlcm.config.anatomy import UnitKind
 from megadlcm.config.model import GLOBAL_RATIO_MODES
 from megadlcm.model import LanguageModel
 from megadlcm.model.chunking import BoundaryOutput
@@ -273,15 +274,14 @@ class TrainingForward(nn.Module):
         self, chunk: Chunk, flow: Flow, batch: DeviceBatch, totals: StepTotals
     ) -> ChunkResult:
         """Runs a chunk on one micro-batch and computes its share of the step's loss."""
-        names = chunk.names
-        run_units(self.model, names, flow)
+        run_units(self.model, chunk.unit_ids, flow)
         losses: list[Tensor] = []
         stats = None
-        if "segmentation" in names:
+        if UnitKind.SEGMENTATION in chunk.kinds:
             assert flow.boundary is not None
             ratio = self.objective.ratio_loss(flow.boundary, flow.packing, totals)
             losses += [] if ratio is None else [ratio]
-        if "lm_head" in names:
+        if UnitKind.LM_HEAD in chunk.kinds:
             result: MicroBatchResult = self.objective(flow.output, batch.labels_T, totals)
             losses.append(result.loss)
             return ChunkResult(torch.stack(losses).sum(), result.stats, ())

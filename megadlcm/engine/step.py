@@ -10,6 +10,7 @@ from torch import Tensor
 
 from data_pipeline.reading.batch import PackedBatch, StepBatch, batch_digest
 from megadlcm.config import RunConfig
+from megadlcm.config.anatomy import UnitKind
 from megadlcm.engine.engine import TrainingEngine
 from megadlcm.engine.objective import (
     NUM_SUMS,
@@ -23,6 +24,7 @@ from megadlcm.engine.objective import (
 from megadlcm.engine.ratio_control import RatioController, steers_detector
 from megadlcm.engine.state import TrainState
 from megadlcm.model import DLCM
+from megadlcm.model.chunking import DetectorOutput
 from megadlcm.model.scaling import GROUPS, group_of
 from megadlcm.model.units import Flow
 from megadlcm.ops.boundary import BoundarySampling
@@ -94,14 +96,14 @@ def calibrate_boundaries(engine: TrainingEngine, config: RunConfig, batch: StepB
     cosines: list[Tensor] = []
 
     def keep(_: int, flow: Flow) -> None:
-        assert flow.boundary is not None
+        assert isinstance(flow.boundary, DetectorOutput)
         inner_T = flow.packing.position > 0  # a document's first token has no predecessor
         cosines.append(flow.boundary.cosine_T[inner_T].cpu())
 
     batches = [to_device(packed, config, 0, engine.mesh.device) for packed in batch.micro_batches]
     offset = 0.0
     with engine.whole_model() as model:
-        engine.pipeline.forward(batches, keep, until="segmentation")
+        engine.pipeline.forward(batches, keep, until=UnitKind.SEGMENTATION)
         if engine.pipeline.owns_segmentation:
             own = torch.cat(cosines).numpy()
             everywhere = engine.mesh.gather_over_data_parallel(own)
@@ -109,7 +111,7 @@ def calibrate_boundaries(engine: TrainingEngine, config: RunConfig, batch: StepB
             assert isinstance(model, DLCM)
             model.boundary_detector.calibrate(cosine)
             offset = float(model.boundary_detector.offset)
-    stage = engine.partition.stage_of("segmentation")
+    stage = engine.partition.stage_of(UnitKind.SEGMENTATION)
     return float(engine.mesh.gather_over_pipeline(offset)[stage])
 
 
@@ -126,7 +128,7 @@ class TrainStep:
         self.config = config
         self.objective: Objective = engine.deepspeed.module.objective
         self.controller = RatioController(config)
-        parts = engine.partition.parts.values()
+        parts = engine.partition.specs.values()
         used = {group_of(part.name) for part in parts if part.is_parameter}
         self.groups = [group for group in GROUPS if group in used]
 
@@ -204,7 +206,7 @@ class TrainStep:
             total.add_(flow.boundary.mask_T.sum())
 
         with self.engine.whole_model():
-            self.engine.pipeline.forward(micro_batches, count, until="segmentation")
+            self.engine.pipeline.forward(micro_batches, count, until=UnitKind.SEGMENTATION)
         return total
 
     def _audit(self, stats: StepStats, batch: StepBatch, state: TrainState) -> StepResult:

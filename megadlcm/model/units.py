@@ -1,9 +1,6 @@
-"""A model run piece by piece: the same modules as `forward`, cut where a stage may end.
+"""A model run unit by unit: the same modules as `forward`, cut where a stage may end.
 
-Units, in the order of the computation: `token_embedding`, `encoder.0`, ..., `segmentation` (the
-encoder's norm, boundary detector, concept pool), `backbone.0`, ..., `concept_reader` (the
-backbone's norm and the reader), `decoder.0`, ..., `lm_head` (the decoder's norm and the head). The
-dense control has `token_embedding`, `decoder.0`, ..., `lm_head`.
+Which units a model has, and what belongs to each, is in `config.anatomy`.
 
 Letters: T tokens, M concepts, D d_token, C d_concept, V vocabulary.
 """
@@ -17,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megadlcm.config.anatomy import Stream, UnitId, UnitKind
 from megadlcm.model.chunking import BoundaryOutput
 from megadlcm.model.dlcm import DLCM
 from megadlcm.model.language_model import LanguageModel
@@ -99,50 +97,63 @@ def segment(flow: Flow, boundary: BoundaryOutput, align: str) -> None:
     flow.layout = concept_layout(boundary.mask_T, flow.packing, align)
 
 
-def run_units(model: LanguageModel, names: Sequence[str], flow: Flow) -> None:
+def run_units(model: LanguageModel, units: Sequence[UnitId], flow: Flow) -> None:
     """Runs consecutive units.
 
     Args:
         model: a model that holds at least these units.
-        names: the units, in order.
+        units: the units, in order.
         flow: the micro-batch; changed.
     """
-    for kind, members in itertools.groupby(names, key=lambda name: name.partition(".")[0]):
-        blocks = [int(name.partition(".")[2]) for name in members if "." in name]
-        if blocks:
+    # neighbouring blocks run together: they share the rotations
+    for kind, members in itertools.groupby(units, key=lambda unit: unit.kind):
+        if kind.is_block:
+            blocks = [unit.index for unit in members if unit.index is not None]
             _run_blocks(model, kind, blocks, flow)
         else:
-            _run_unit(model, kind, flow)
+            _RUN[kind](model, flow)
 
 
-def _run_blocks(model: LanguageModel, kind: str, blocks: list[int], flow: Flow) -> None:
+def _run_blocks(model: LanguageModel, kind: UnitKind, blocks: list[int], flow: Flow) -> None:
     assert flow.states is not None
     packing = flow.packing
-    if kind == "backbone":
+    if kind.stream is Stream.CONCEPTS:
         assert flow.layout is not None
         packing = flow.layout.packing
-    flow.states = getattr(model, kind).run(flow.states, packing, flow.backend, blocks)
+    flow.states = getattr(model, kind.label).run(flow.states, packing, flow.backend, blocks)
 
 
-def _run_unit(model: LanguageModel, name: str, flow: Flow) -> None:
-    seams = model.seams
-    if name == "token_embedding":
-        flow.states = seams.split_rows(model.token_embedding(flow.tokens_T))
-    elif name == "segmentation":
-        assert isinstance(model, DLCM) and flow.states is not None
-        flow.hidden_TD = model.encoder.finish(flow.states, flow.packing)
-        boundary = model.boundary_detector(flow.hidden_TD, flow.packing, flow.sampling)
-        segment(flow, boundary, model.config.segment_align)
-        flow.states = seams.split_rows(model.concept_pool(flow.hidden_TD, flow.layout))
-    elif name == "concept_reader":
-        assert isinstance(model, DLCM) and flow.states is not None and flow.layout is not None
-        concept_MC = model.backbone.finish(flow.states, flow.layout.packing)
-        fused_TD = model.concept_reader(
-            flow.hidden_TD, concept_MC, flow.boundary, flow.packing, flow.layout, flow.backend
-        )
-        flow.states = seams.split_rows(fused_TD)
-        flow.hidden_TD = None
-    else:
-        assert name == "lm_head" and flow.states is not None
-        states_TD = model.final_stack.finish(flow.states, flow.packing)
-        flow.logits_TV, flow.vocabulary = model.logits(states_TD), model.vocabulary
+def _embed(model: LanguageModel, flow: Flow) -> None:
+    flow.states = model.seams.split_rows(model.token_embedding(flow.tokens_T))
+
+
+def _segment(model: LanguageModel, flow: Flow) -> None:
+    assert isinstance(model, DLCM) and flow.states is not None
+    flow.hidden_TD = model.encoder.finish(flow.states, flow.packing)
+    boundary = model.boundary_detector(flow.hidden_TD, flow.packing, flow.sampling)
+    segment(flow, boundary, model.config.segment_align)
+    flow.states = model.seams.split_rows(model.concept_pool(flow.hidden_TD, flow.layout))
+
+
+def _read_concepts(model: LanguageModel, flow: Flow) -> None:
+    assert isinstance(model, DLCM) and flow.states is not None and flow.layout is not None
+    concept_MC = model.backbone.finish(flow.states, flow.layout.packing)
+    fused_TD = model.concept_reader(
+        flow.hidden_TD, concept_MC, flow.boundary, flow.packing, flow.layout, flow.backend
+    )
+    flow.states = model.seams.split_rows(fused_TD)
+    flow.hidden_TD = None  # nothing reads it again; kept, it would take memory through the decoder
+
+
+def _predict(model: LanguageModel, flow: Flow) -> None:
+    assert flow.states is not None
+    states_TD = model.final_stack.finish(flow.states, flow.packing)
+    flow.logits_TV, flow.vocabulary = model.logits(states_TD), model.vocabulary
+
+
+_RUN: dict[UnitKind, Callable[[LanguageModel, Flow], None]] = {
+    UnitKind.TOKEN_EMBEDDING: _embed,
+    UnitKind.SEGMENTATION: _segment,
+    UnitKind.CONCEPT_READER: _read_concepts,
+    UnitKind.LM_HEAD: _predict,
+}

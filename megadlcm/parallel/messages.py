@@ -1,27 +1,42 @@
-"""What the pipeline keeps of a micro-batch in a chunk, and what crosses between chunks."""
+"""What the pipeline keeps of a micro-batch in a chunk, and how tensors get on and off an edge."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from megadlcm.model.units import Flow
+from megadlcm.model.chunking import BoundaryOutput
+from megadlcm.model.units import Flow, segment
+from megadlcm.plan.edges import Content, Edge
 
 
 class Message(NamedTuple):
-    """One tensor that crosses from one chunk to another."""
+    """One tensor that crosses an edge, or the gradient of it, which crosses the other way."""
 
-    name: str
-    """`decisions`, `scores`, `states`, `hidden`, `confidence`, or `gradient of ...` these."""
-    source: int
-    """Chunk that made it."""
-    target: int
-    """Chunk that needs it."""
+    edge: Edge
+    """The edge."""
     micro_batch: int
     """Index of the micro-batch."""
+    is_gradient: bool = False
+    """Whether it is the gradient."""
+
+    @property
+    def name(self) -> str:
+        return f"gradient of {self.edge.content}" if self.is_gradient else str(self.edge.content)
+
+    @property
+    def source(self) -> int:
+        """Chunk that makes it."""
+        return self.edge.target if self.is_gradient else self.edge.source
+
+    @property
+    def target(self) -> int:
+        """Chunk that needs it."""
+        return self.edge.source if self.is_gradient else self.edge.target
 
 
 @dataclass
@@ -30,12 +45,52 @@ class Passage:
 
     flow: Flow
     """What the chunk made."""
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-    """Tensors of other chunks that need a gradient, by name."""
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-    """Tensors that other chunks will send a gradient for, by name."""
+    inputs: dict[Edge, Tensor] = field(default_factory=dict)
+    """Tensors of other chunks that need a gradient."""
+    outputs: dict[Edge, Tensor] = field(default_factory=dict)
+    """Tensors that other chunks will send a gradient for."""
     loss: Tensor | None = None
     """What this chunk adds to the loss itself."""
+
+
+def take_from(flow: Flow, content: Content) -> Tensor:
+    """What an edge carries, as the chunk that sends it has it."""
+    boundary = flow.boundary
+    if content is Content.STATES:
+        tensor = flow.states
+    elif content is Content.HIDDEN:
+        tensor = flow.hidden_TD
+    elif boundary is None:
+        tensor = None
+    elif content is Content.DECISIONS:
+        evaluated_T = boundary.threshold_mask_T.to(torch.uint8)
+        tensor = boundary.mask_T.to(torch.uint8) | evaluated_T.mul(2)
+    else:
+        tensor = boundary.prob_T
+    assert tensor is not None, f"the chunk made no {content}"
+    return tensor
+
+
+def boundary_mask(decisions: Tensor) -> Tensor:
+    """Boundaries of which the decisions tell, bool (T,)."""
+    return (decisions & 1).bool()
+
+
+def put_into(flow: Flow, arrived: Mapping[Content, Tensor], align: str) -> None:
+    """Continues a flow from what arrived of earlier chunks.
+
+    Args:
+        flow: the micro-batch before its first unit here; changed.
+        arrived: what its edges carried.
+        align: segment alignment of the model.
+    """
+    flow.states, flow.hidden_TD = arrived[Content.STATES], arrived.get(Content.HIDDEN)
+    decisions = arrived.get(Content.DECISIONS)
+    if decisions is not None:
+        # where the reader has a gradient for the scores, it must be that tensor which it reads
+        prob_T = arrived.get(Content.CONFIDENCE, arrived[Content.SCORES])
+        boundary = BoundaryOutput(prob_T, boundary_mask(decisions), (decisions & 2).bool())
+        segment(flow, boundary, align)
 
 
 @dataclass
@@ -56,12 +111,10 @@ class Root(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gradients: list[Tensor], *outputs: Tensor) -> Tensor:
-        """Makes the zero."""
         ctx.gradients = gradients
         return torch.zeros((), device=outputs[0].device)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Hands out the given gradients."""
         gradients, ctx.gradients = ctx.gradients, None
         return None, *gradients

@@ -1,8 +1,8 @@
-"""The page: which parameter is cut how by tensor parallelism, and what a process builds of a model.
+"""The page: how tensor parallelism shards each parameter, and what a process builds of a model.
 
 The order of a build is fixed here: the whole model on the meta device, take away what other stages
-hold, cut what the tensor parallel group shares, allocate, draw the initial values. Every value is
-drawn as a whole tensor by (seed, name) and cut afterwards, so that it is the same on any layout.
+hold, shard what the tensor parallel group shares, allocate, draw the initial values. Every value is
+drawn as a whole tensor by (seed, name) and sharded afterwards: it is the same on any layout.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megadlcm.config import RunConfig
+from megadlcm.config.anatomy import UnitKind
 from megadlcm.model import LanguageModel, build_model
 from megadlcm.model.chunking import BoundaryDetector, ConceptReader
 from megadlcm.model.language_model import Embedding
@@ -22,9 +23,9 @@ from megadlcm.model.seams import Seams
 from megadlcm.model.transformer import Block, Stack
 from megadlcm.parallel.mesh import ParallelMesh
 from megadlcm.parallel.tensor import SequenceSeams, TensorSeams, sum_gradient
-from megadlcm.plan.stages import Chunk, cut_chunks
+from megadlcm.plan.stages import Chunk, chunk_of, cut_chunks
 
-# (parameter name, dimension that is cut or None); the first match decides, no match is an error.
+# (parameter name, dimension of the shards or None); the first match decides, no match is an error.
 # Rows of wq, wk, wv are heads and rows of w_gate, w_up the inner width: each process has its own.
 _TABLE: tuple[tuple[str, int | None], ...] = (
     (r"token_embedding\.weight", 0),
@@ -39,16 +40,16 @@ _TABLE: tuple[tuple[str, int | None], ...] = (
     (r"concept_pool\..*", None),
     (r".*norm\.gain", None),
 )
-# whole parameters of which each process sees only its own heads, or with cut rows its own rows:
-# their gradients are summands
+# whole parameters of which each process sees only its own heads, or with sequence parallelism its
+# own rows: their gradients are summands
 _GAINS_OF_HEADS = r".*\.(query|key)_norm\.gain"
 _GAINS_OF_ROWS = (
     r"(encoder|backbone|decoder)\.(norm|blocks\.\d+\.(attention|feed_forward)_norm)\.gain"
 )
 
 
-def cut_dimension(name: str) -> int | None:
-    """Finds the dimension along which tensor parallelism cuts a parameter.
+def shard_dimension(name: str) -> int | None:
+    """Finds the dimension along which tensor parallelism shards a parameter.
 
     Args:
         name: dotted name of the parameter.
@@ -66,8 +67,8 @@ def cut_dimension(name: str) -> int | None:
 
 
 @dataclass(frozen=True)
-class Part:
-    """Where a parameter lives and which piece of it this process would hold."""
+class ShardSpec:
+    """Where a parameter lives, and how it is sharded there."""
 
     name: str
     """Dotted name."""
@@ -76,13 +77,13 @@ class Part:
     stage: int
     """Pipeline stage that holds it."""
     dimension: int | None
-    """Dimension that is cut; None if every process of the group holds all of it."""
+    """Dimension of the shards; None if every process of the group holds all of it."""
     is_parameter: bool = True
     """Whether it is trained, or else a saved buffer."""
 
 
-def piece(whole: Tensor, dimension: int | None, rank: int, size: int) -> Tensor:
-    """This process's piece of a whole tensor."""
+def shard(whole: Tensor, dimension: int | None, rank: int, size: int) -> Tensor:
+    """This process's shard of a whole tensor."""
     return whole if dimension is None or size == 1 else whole.chunk(size, dimension)[rank]
 
 
@@ -92,22 +93,22 @@ class Partition:
 
     chunks: list[Chunk]
     """All chunks, in the order of the computation."""
-    parts: dict[str, Part]
+    specs: dict[str, ShardSpec]
     """Every parameter and saved buffer of the whole model, in a fixed order."""
 
     def own_chunks(self, stage: int) -> list[Chunk]:
         """Chunks of a stage, in the order of the computation."""
         return [chunk for chunk in self.chunks if chunk.stage == stage]
 
-    def stage_of(self, unit: str) -> int:
-        """Stage that holds a unit."""
-        return self.chunks[self.chunk_of(unit)].stage
+    def stage_of(self, kind: UnitKind) -> int:
+        """Stage that holds a unit of which there is one."""
+        return self.chunks[self.chunk_of(kind)].stage
 
-    def chunk_of(self, unit: str) -> int:
-        """Index of the chunk that holds a unit."""
-        return next(
-            chunk.index for chunk in self.chunks if unit in {member.name for member in chunk.units}
-        )
+    def chunk_of(self, kind: UnitKind) -> int:
+        """Index of the chunk that holds it."""
+        index = chunk_of(self.chunks, kind)
+        assert index is not None, f"the model has no {kind.label}"
+        return index
 
 
 def make_partition(config: RunConfig) -> Partition:
@@ -130,14 +131,14 @@ def make_partition(config: RunConfig) -> Partition:
         prefix: chunk.stage for chunk in chunks for unit in chunk.units for prefix in unit.modules
     }
     model = build_model(config.model, config.mup, device="meta")
-    parts = {}
+    specs = {}
     for name, parameter in model.named_parameters():
-        dimension = cut_dimension(name) if parallel.tensor_parallel_size > 1 else None
-        parts[name] = Part(name, parameter.shape, _owner(name, owners), dimension)
+        dimension = shard_dimension(name) if parallel.tensor_parallel_size > 1 else None
+        specs[name] = ShardSpec(name, parameter.shape, _owner(name, owners), dimension)
     for name, buffer in model.named_buffers():
         if name in model.state_dict():
-            parts[name] = Part(name, buffer.shape, _owner(name, owners), None, False)
-    return Partition(chunks, parts)
+            specs[name] = ShardSpec(name, buffer.shape, _owner(name, owners), None, False)
+    return Partition(chunks, specs)
 
 
 def _owner(name: str, owners: dict[str, int]) -> int:
@@ -160,16 +161,20 @@ def build_stage_model(
         device: where to build; on `meta` nothing is allocated or initialised.
 
     Returns:
-        The model without the parts of other stages, with its own pieces of the rest.
+        The model without the modules of other stages, with its own shards of the rest.
     """
     partition = partition or make_partition(config)
     model = build_model(config.model, config.mup, device="meta")
-    own = {name for name, part in partition.parts.items() if part.stage == mesh.pipeline_rank}
+    own = {name for name, spec in partition.specs.items() if spec.stage == mesh.pipeline_rank}
     _take_away(model, own)
     for name, parameter in list(model.named_parameters()):
-        part = partition.parts[name]
-        cut = piece(parameter, part.dimension, mesh.tensor_parallel_rank, mesh.tensor_parallel_size)
-        _set_parameter(model, name, nn.Parameter(torch.empty_like(cut)))
+        own_shard = shard(
+            parameter,
+            partition.specs[name].dimension,
+            mesh.tensor_parallel_rank,
+            mesh.tensor_parallel_size,
+        )
+        _set_parameter(model, name, nn.Parameter(torch.empty_like(own_shard)))
     if mesh.tensor_parallel_size > 1:
         _set_seams(model, config, mesh)
     device = torch.device(device)
@@ -183,6 +188,7 @@ def build_stage_model(
 def _take_away(model: LanguageModel, own: set[str]) -> None:
     """Removes every module that holds nothing of this stage; blocks keep their names."""
     gone: list[str] = []
+    # outer modules come first, and what lies below one that is gone went with it
     for name, module in list(model.named_modules()):
         held = {f"{name}.{key}" for key in module.state_dict()}
         if not name or not held or held & own or isinstance(module, nn.ModuleDict):
@@ -221,10 +227,10 @@ def _initialize(
 ) -> None:
     rules = parameter_table(model, config.model, config.mup)
     for name, parameter in model.named_parameters():
-        part = partition.parts[name]
-        whole = initial_value(name, part.shape, rules[name], config.seed)
+        spec = partition.specs[name]
+        whole = initial_value(name, spec.shape, rules[name], config.seed)
         rank, size = mesh.tensor_parallel_rank, mesh.tensor_parallel_size
-        parameter.copy_(piece(whole, part.dimension, rank, size))
+        parameter.copy_(shard(whole, spec.dimension, rank, size))
     for module in model.modules():
         if isinstance(module, BoundaryDetector):
             module.reset_buffers()
@@ -233,12 +239,12 @@ def _initialize(
 def _mark_parameters(
     model: LanguageModel, config: RunConfig, mesh: ParallelMesh, partition: Partition
 ) -> None:
-    """Tells DeepSpeed which parameters are cut, and completes the gradients of whole ones."""
+    """Tells DeepSpeed which parameters are shards, and completes the gradients of whole ones."""
     group, sequence = mesh.tensor_parallel_group, config.parallel.sequence_parallel
     for name, parameter in model.named_parameters():
         # the norm that DeepSpeed takes counts all others on the first process of a group only
         parameter.tensor_model_parallel = (  # type: ignore[attr-defined]
-            partition.parts[name].dimension is not None
+            partition.specs[name].dimension is not None
         )
         if group is not None and is_summand(name, sequence):
             parameter.register_hook(sum_gradient(group, sequence))

@@ -7,16 +7,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megadlcm.parallel.mesh import ParallelMesh
-from megadlcm.parallel.partition import Part
+from megadlcm.parallel.partition import ShardSpec
 from megadlcm.parallel.watch.watchdog import doing
 
 
-def gather_pieces(own: Tensor, dimension: int, mesh: ParallelMesh) -> Tensor:
-    """Puts the pieces of a tensor parallel group together, on every process of it.
+def all_gather_shards(own: Tensor, dimension: int, mesh: ParallelMesh) -> Tensor:
+    """Puts the shards of a tensor parallel group together, on every process of it.
 
     Args:
-        own: this process's piece.
-        dimension: the dimension that was cut.
+        own: this process's shard.
+        dimension: the dimension of the shards.
         mesh: ranks of this process.
 
     Returns:
@@ -24,36 +24,38 @@ def gather_pieces(own: Tensor, dimension: int, mesh: ParallelMesh) -> Tensor:
     """
     if mesh.tensor_parallel_size == 1:
         return own
-    pieces = [torch.empty_like(own) for _ in range(mesh.tensor_parallel_size)]
-    with doing("tensor parallel gather of a parameter"):
-        dist.all_gather(pieces, own.contiguous(), group=mesh.tensor_parallel_group)
-    return torch.cat(pieces, dimension)
+    shards = [torch.empty_like(own) for _ in range(mesh.tensor_parallel_size)]
+    with doing("tensor parallel all-gather of a parameter"):
+        dist.all_gather(shards, own.contiguous(), group=mesh.tensor_parallel_group)
+    return torch.cat(shards, dimension)
 
 
-def bring_to_first_stage(whole: Tensor | None, part: Part, mesh: ParallelMesh) -> Tensor | None:
+def bring_to_first_stage(
+    whole: Tensor | None, spec: ShardSpec, mesh: ParallelMesh
+) -> Tensor | None:
     """Sends a tensor from its stage to the first one.
 
     To be called by the processes of one place on all stages, for each tensor in the same order.
 
     Args:
         whole: the tensor, None on stages that do not hold it.
-        part: its place and shape.
+        spec: its place and shape.
         mesh: ranks of this process.
 
     Returns:
         The tensor on the first stage, None on others.
     """
-    if part.stage == 0:
+    if spec.stage == 0:
         return whole if mesh.pipeline_rank == 0 else None
-    group = mesh.pipeline_group(part.stage, 0) if mesh.pipeline_rank in (0, part.stage) else None
-    if mesh.pipeline_rank == part.stage:
+    group = mesh.pipeline_group(spec.stage, 0) if mesh.pipeline_rank in (0, spec.stage) else None
+    if mesh.pipeline_rank == spec.stage:
         assert whole is not None
-        with doing(f"pipeline send of {part.name}"):
+        with doing(f"pipeline send of {spec.name}"):
             dist.send(whole.float().contiguous(), mesh.rank_of_stage(0), group=group)
         return None
     if mesh.pipeline_rank == 0:
-        received = torch.empty(part.shape, dtype=torch.float32, device=mesh.device)
-        with doing(f"pipeline receive of {part.name} from stage {part.stage}"):
-            dist.recv(received, mesh.rank_of_stage(part.stage), group=group)
+        received = torch.empty(spec.shape, dtype=torch.float32, device=mesh.device)
+        with doing(f"pipeline recv of {spec.name} from stage {spec.stage}"):
+            dist.recv(received, mesh.rank_of_stage(spec.stage), group=group)
         return received
     return None

@@ -44,7 +44,6 @@ class Verified:
     """Bytes of weights in the arithmetic, before ZeRO, by `stage.tensor rank`."""
 
     def to_dict(self) -> dict[str, Any]:
-        """In plain values."""
         return {
             "processes": self.processes,
             "tensors": self.tensors,
@@ -52,7 +51,6 @@ class Verified:
         }
 
     def render(self) -> str:
-        """In one line."""
         return (
             f"verified: names, shapes and bytes of {self.tensors:,} tensors of "
             f"{self.processes} processes (all stages x tensor parallel ranks)"
@@ -78,11 +76,13 @@ def verify_layout(config: RunConfig, world_size: int) -> Verified:
         InputError: this process already belongs to a process group.
     """
     if dist.is_initialized():
-        raise InputError("--verify needs a process of its own, this one already joined a run")
+        raise InputError(
+            "--verify needs a process of its own, this one already joined a run", key="--verify"
+        )
     partition, parallel = make_partition(config), config.parallel
     shapes = _whole_shapes(config)
     replicas, result = parallel.data_parallel_size(world_size), Verified()
-    pieces: dict[str, list[tuple[int, int, torch.Size]]] = {name: [] for name in shapes}
+    shards: dict[str, list[tuple[int, int, torch.Size]]] = {name: [] for name in shapes}
     for stage in range(parallel.pipeline_parallel_size):
         for tensor_rank in range(parallel.tensor_parallel_size):
             rank = stage * replicas * parallel.tensor_parallel_size + tensor_rank
@@ -92,15 +92,15 @@ def verify_layout(config: RunConfig, world_size: int) -> Verified:
             held = dict(model.named_parameters())
             _check_process(config, partition, stage, held, rank)
             for name, parameter in held.items():
-                if name not in pieces:
+                if name not in shards:
                     raise MismatchError(f"rank {rank} holds {name}, which the model does not have")
-                pieces[name].append((stage, rank, parameter.shape))
+                shards[name].append((stage, rank, parameter.shape))
             result.processes += 1
             result.tensors += len(held)
             num_bytes = element_size(config) * sum(p.numel() for p in held.values())
             result.weight_bytes[f"{stage}.{tensor_rank}"] = num_bytes
     for name, shape in shapes.items():
-        _check_pieces(name, shape, pieces[name], parallel.tensor_parallel_size)
+        _check_shards(name, shape, shards[name], parallel.tensor_parallel_size)
     return result
 
 
@@ -132,13 +132,13 @@ def _check_process(
     chunks, left = partition.own_chunks(stage), dict[str, Tensor](held)
     for unit in (unit for chunk in chunks for unit in chunk.units):
         names = [name for name in left if _belongs(name, unit)]
-        whole = whole_parameters(config.model, unit.name)
+        whole = whole_parameters(config.model, unit.kind)
         expected = whole + (unit.parameters - whole) // config.parallel.tensor_parallel_size
         found = sum(left.pop(name).numel() for name in names)
         _check(found, expected, rank, f"parameters of {unit.name}")
     _check(sorted(left), [], rank, "parameters of other stages")
     # of one replica, so that ZeRO divides nothing
-    memory = estimate_memory(config, 1, [HeldChunk(c.units) for c in chunks])
+    memory = estimate_memory(config, 1, [HeldChunk(chunk) for chunk in chunks])
     num_bytes = element_size(config) * sum(parameter.numel() for parameter in held.values())
     _check(num_bytes, memory.parameters, rank, "bytes of weights")
 
@@ -147,16 +147,16 @@ def _belongs(name: str, unit: Unit) -> bool:
     return any(name.startswith(f"{prefix}.") for prefix in unit.modules)
 
 
-def _check_pieces(
-    name: str, shape: torch.Size, pieces: list[tuple[int, int, torch.Size]], size: int
+def _check_shards(
+    name: str, shape: torch.Size, shards: list[tuple[int, int, torch.Size]], size: int
 ) -> None:
-    """One stage holds the parameter: whole on every process of it, or cut along one dimension."""
-    stages = {stage for stage, _, _ in pieces}
-    if len(stages) != 1 or len(pieces) != size:
+    """One stage holds the parameter: whole on each of its processes, or sharded along one dim."""
+    stages = {stage for stage, _, _ in shards}
+    if len(stages) != 1 or len(shards) != size:
         raise MismatchError(f"{name} is held by stages {sorted(stages)}, must be by one, {size}x")
-    for _, rank, found in pieces:
+    for _, rank, found in shards:
         differing = [dim for dim in range(len(shape)) if found[dim] != shape[dim]]
-        if found != pieces[0][2] or len(differing) > 1:
+        if found != shards[0][2] or len(differing) > 1:
             raise MismatchError(f"rank {rank}: {name} is {tuple(found)}, whole {tuple(shape)}")
         if differing and found[differing[0]] * size != shape[differing[0]]:
             raise MismatchError(

@@ -26,13 +26,15 @@ import math
 from dataclasses import dataclass
 
 from megadlcm.config import ModelConfig, RunConfig
+from megadlcm.config.anatomy import Stream, UnitKind
+from megadlcm.config.constants import (
+    BF16_BYTES,
+    FP32_BYTES,
+    FP64_BYTES,
+    INT64_BYTES,
+    SMOOTHING_CHUNK,
+)
 from megadlcm.config.model import LEARNED_MODES
-from megadlcm.plan.stages import READER, SEGMENTATION
-
-_FP32, _FP64, _INT64 = 4, 8, 8
-_SMOOTHING_CHUNK = 64
-STACKS = ("encoder", "backbone", "decoder")
-"""Names of the stacks of blocks, which units of blocks begin with."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class Arithmetic:
 
     def norm(self, width: float, groups: float = 1.0) -> float:
         """Bytes that a norm keeps of a row, without its output, in `groups` of `width` in all."""
-        kept = self.element if self.fused else 2 * _FP32
-        return kept * width + _FP32 * groups
+        kept = self.element if self.fused else 2 * FP32_BYTES
+        return kept * width + FP32_BYTES * groups
 
 
 def arithmetic_of(config: RunConfig, on_gpu: bool = True) -> Arithmetic:
@@ -79,11 +81,11 @@ def arithmetic_of(config: RunConfig, on_gpu: bool = True) -> Arithmetic:
 
 def element_size(config: RunConfig) -> int:
     """Bytes of one number of the arithmetic."""
-    return 2 if config.training.precision == "bf16" else _FP32
+    return BF16_BYTES if config.training.precision == "bf16" else FP32_BYTES
 
 
 def unit_activation_bytes(
-    config: RunConfig, unit: str, num_tokens: float, num_concepts: float, on_gpu: bool = True
+    config: RunConfig, kind: UnitKind, num_tokens: float, num_concepts: float, on_gpu: bool = True
 ) -> float:
     """Estimates what the forward pass of one unit keeps for its backward pass.
 
@@ -93,7 +95,7 @@ def unit_activation_bytes(
 
     Args:
         config: the run.
-        unit: name of the unit.
+        kind: what the unit does.
         num_tokens: tokens of a micro-batch, T.
         num_concepts: its concepts, M.
         on_gpu: whether the run is on a GPU.
@@ -101,25 +103,31 @@ def unit_activation_bytes(
     Returns:
         Bytes on one process.
     """
-    how, kind = arithmetic_of(config, on_gpu), unit.partition(".")[0]
-    if kind == "token_embedding":
+    how = arithmetic_of(config, on_gpu)
+    if kind is UnitKind.TOKEN_EMBEDDING:
         # positions; also which tokens belong to this part of the vocabulary, and their places in it
-        return num_tokens * (_INT64 if how.split == 1 else 2 * _INT64 + 1)
-    if kind == SEGMENTATION:
+        return num_tokens * (INT64_BYTES if how.split == 1 else 2 * INT64_BYTES + 1)
+    if kind is UnitKind.SEGMENTATION:
         return _segmentation(config.model, how, num_tokens, num_concepts)
-    if kind == READER:
+    if kind is UnitKind.CONCEPT_READER:
         mask = num_concepts * min(config.data.seq_len, num_tokens)
         return _reader(config.model, how, num_tokens, num_concepts, mask)
-    if kind == "lm_head":
+    if kind is UnitKind.LM_HEAD:
         d, w = config.model.d_token, how.element
         # in fp32 the logarithms of the probabilities, or for parts of the vocabulary distances from
         # the largest logit and their exponentials
-        loss = _FP32 * min(how.split, 2) * config.model.vocab_size / how.split
-        indices = _INT64 if how.split == 1 else _INT64 + 2 * _FP32 + 1
+        loss = FP32_BYTES * min(how.split, 2) * config.model.vocab_size / how.split
+        indices = INT64_BYTES if how.split == 1 else INT64_BYTES + 2 * FP32_BYTES + 1
         logits = logits_bytes(config, num_tokens)
         return logits + num_tokens * (how.rows * how.norm(d) + w * d + loss + indices)
-    rows = num_concepts if kind == "backbone" else num_tokens
-    return rows * block_bytes(config.model, how, kind, config.parallel.recompute)
+    return rows_of(kind.stream, num_tokens, num_concepts) * block_bytes(
+        config.model, how, kind, config.parallel.recompute
+    )
+
+
+def rows_of(stream: Stream, num_tokens: float, num_concepts: float) -> float:
+    """Rows of the states of a micro-batch."""
+    return num_concepts if stream is Stream.CONCEPTS else num_tokens
 
 
 def logits_bytes(config: RunConfig, num_tokens: float) -> float:
@@ -129,7 +137,7 @@ def logits_bytes(config: RunConfig, num_tokens: float) -> float:
 
 
 def working_bytes(
-    config: RunConfig, unit: str, num_tokens: float, num_concepts: float, on_gpu: bool = True
+    config: RunConfig, kind: UnitKind, num_tokens: float, num_concepts: float, on_gpu: bool = True
 ) -> float:
     """Estimates what the backward pass of one unit has at once, more than forward kept.
 
@@ -139,7 +147,7 @@ def working_bytes(
 
     Args:
         config: the run.
-        unit: name of the unit.
+        kind: what the unit does.
         num_tokens: tokens of a micro-batch, T.
         num_concepts: its concepts, M.
         on_gpu: whether the run is on a GPU.
@@ -147,64 +155,64 @@ def working_bytes(
     Returns:
         Bytes on one process.
     """
-    model, how, kind = config.model, arithmetic_of(config, on_gpu), unit.partition(".")[0]
+    model, how = config.model, arithmetic_of(config, on_gpu)
     d, w, t = model.d_token, how.element, how.split
-    norm = (w if how.fused else 2 * _FP32) * 2  # gradients of a norm for each number
-    if kind == "token_embedding":
+    norm = (w if how.fused else 2 * FP32_BYTES) * 2  # gradients of a norm for each number
+    if kind is UnitKind.TOKEN_EMBEDDING:
         return num_tokens * w * d
-    if kind == "lm_head":
-        return num_tokens * max(2 * _FP32 * model.vocab_size / t, norm * d)
-    if kind == SEGMENTATION:
-        return num_tokens * _FP32 * 5 * (model.boundary_size or d)
-    if kind == READER:
+    if kind is UnitKind.LM_HEAD:
+        return num_tokens * max(2 * FP32_BYTES * model.vocab_size / t, norm * d)
+    if kind is UnitKind.SEGMENTATION:
+        return num_tokens * FP32_BYTES * 5 * (model.boundary_size or d)
+    if kind is UnitKind.CONCEPT_READER:
         return num_tokens * norm * d + num_concepts * norm * model.d_concept
     recompute = config.parallel.recompute
-    width, _, f, _, _ = stack_widths(model, kind)
+    width, _, f, _, _ = stack_widths(model, kind.stream)
     of_row = w * (2 * f / t + 2 * width)
     of_row += block_bytes(model, how, kind, "none") - block_bytes(model, how, kind, recompute)
     if recompute == "selective":
         of_row += w * width
-    return of_row * (num_concepts if kind == "backbone" else num_tokens)
+    return of_row * rows_of(kind.stream, num_tokens, num_concepts)
 
 
-def rotation_bytes(config: RunConfig, stack: str, num_tokens: float, num_concepts: float) -> float:
+def rotation_bytes(
+    config: RunConfig, kind: UnitKind, num_tokens: float, num_concepts: float
+) -> float:
     """Cosines and sines that the neighbouring blocks of a stack keep together.
 
     Args:
         config: the run.
-        stack: `encoder`, `backbone` or `decoder`.
+        kind: of the units; only blocks rotate.
         num_tokens: tokens of a micro-batch, T.
         num_concepts: its concepts, M.
 
     Returns:
         Bytes; 0 for a unit that is not of a stack.
     """
-    if stack not in STACKS:
+    if not kind.is_block:
         return 0.0
-    on_concepts = stack == "backbone"
-    rows = num_concepts if on_concepts else num_tokens
-    model = config.model
-    head = model.concept_head_size if on_concepts else model.token_head_size
+    rows, model = rows_of(kind.stream, num_tokens, num_concepts), config.model
+    head = model.concept_head_size if kind.stream is Stream.CONCEPTS else model.token_head_size
     return element_size(config) * rows * head
 
 
-def block_bytes(model: ModelConfig, how: Arithmetic, stack: str, recompute: str) -> float:
+def block_bytes(model: ModelConfig, how: Arithmetic, kind: UnitKind, recompute: str) -> float:
     """Bytes that a block keeps of a row; see the table above.
 
     Args:
         model: shape of the model.
         how: its arithmetic.
-        stack: `encoder`, `backbone` or `decoder`.
+        kind: of the block.
         recompute: `none`, `selective` or `block`.
 
     Returns:
         Bytes on one process.
     """
-    d, kv, f, heads, kv_heads = stack_widths(model, stack)
+    d, kv, f, heads, kv_heads = stack_widths(model, kind.stream)
     w, t, r = how.element, how.split, how.rows
     if recompute == "block":
         return r * w * d
-    inner = (w * (2 * d + 2 * kv + 2 * f) + _FP32 * heads) / t
+    inner = (w * (2 * d + 2 * kv + 2 * f) + FP32_BYTES * heads) / t
     if recompute == "selective":
         return w * d * (r + 2) + inner
     inner += w * 2 * f / t
@@ -215,9 +223,9 @@ def block_bytes(model: ModelConfig, how: Arithmetic, stack: str, recompute: str)
     return 2 * r * how.norm(d) + 2 * w * d + inner
 
 
-def stack_widths(model: ModelConfig, stack: str) -> tuple[int, int, int, int, int]:
-    """D, K, F, heads and key-value heads of the blocks of a stack."""
-    if stack == "backbone":
+def stack_widths(model: ModelConfig, stream: Stream) -> tuple[int, int, int, int, int]:
+    """D, K, F, heads and key-value heads of the blocks that run on these rows."""
+    if stream is Stream.CONCEPTS:
         heads, kv_heads = model.concept_heads, model.concept_kv_heads
         kv = kv_heads * model.concept_head_size
         return model.d_concept, kv, model.concept_ffn_size, heads, kv_heads
@@ -233,17 +241,17 @@ def _segmentation(
     is_learned = model.boundary_mode in LEARNED_MODES
     size = (model.boundary_size or d) if is_learned else d
     # lengths of both vectors, raw and clamped, cosine, probability and decisions
-    detector = 0.0 if model.ratio_loss_detach_hidden and not is_learned else 7.0 * _FP32 + 4
+    detector = 0.0 if model.ratio_loss_detach_hidden and not is_learned else 7.0 * FP32_BYTES + 4
     if detector:
-        detector += _FP32 * 2 * size  # unit vectors
+        detector += FP32_BYTES * 2 * size  # unit vectors
         if is_learned:
-            detector += _FP32 * 2 * size  # vectors
-        if w != _FP32:
-            detector += _FP32 * d  # the states in fp32
+            detector += FP32_BYTES * 2 * size  # vectors
+        if w != FP32_BYTES:
+            detector += FP32_BYTES * d  # the states in fp32
     weights = 0.0
-    if is_learned and w != _FP32 and not model.ratio_loss_detach_hidden:
-        weights = _FP32 * 2 * size * d  # in fp32, for the gradient of the states
-    indices = 3 * _INT64 * num_tokens + 7 * _INT64 * num_concepts
+    if is_learned and w != FP32_BYTES and not model.ratio_loss_detach_hidden:
+        weights = FP32_BYTES * 2 * size * d  # in fp32, for the gradient of the states
+    indices = 3 * INT64_BYTES * num_tokens + 7 * INT64_BYTES * num_concepts
     return (
         num_tokens * (how.rows * how.norm(d) + w * d + detector)
         + num_concepts * w * d
@@ -260,21 +268,21 @@ def _reader(
     The token states are the segmentation's and not counted again.
     """
     d, c, w, t = model.d_token, model.d_concept, how.element, how.split
-    _, kv, _, heads, kv_heads = stack_widths(model, "decoder")
+    _, kv, _, heads, kv_heads = stack_widths(model, Stream.TOKENS)
     rotation = w * model.token_head_size if model.cross_attention_rope else 0
     of_token = how.norm(d) + rotation  # its output, less its input, which is counted already
-    of_token += (how.norm(d, heads) + _FP32 * heads) / t
+    of_token += (how.norm(d, heads) + FP32_BYTES * heads) / t
     of_concept = (
         how.rows * how.norm(c) + how.norm(c) + w * c + rotation + how.norm(kv, kv_heads) / t
     )
     if model.boundary_mode == "ema_ste":
-        of_token += w * d + _FP32
+        of_token += w * d + FP32_BYTES
     smoothing = _smoothing(model, how, num_concepts)
     if how.kernels and model.concept_weighting == "count":
         # queries, what attention made, keys and values of each token's concept
         of_token += 2 * w * (d + kv) / t
         return num_tokens * of_token + num_concepts * of_concept + smoothing
-    wide = _FP32 if model.concept_weighting == "count" else w
+    wide = FP32_BYTES if model.concept_weighting == "count" else w
     of_token += (2 * wide * d + w * d) / t
     of_concept += 2 * wide * kv / t
     return num_tokens * of_token + num_concepts * of_concept + smoothing + wide * mask
@@ -285,17 +293,19 @@ def _smoothing(model: ModelConfig, how: Arithmetic, num_concepts: float) -> floa
     if model.smoothing == "none" or model.boundary_mode == "fixed":
         return 0.0
     rows, c, trains_weights = num_concepts, model.d_concept, model.boundary_mode == "ema_ste"
-    kept = num_concepts * (_FP32 + (_FP32 * (c + 1) + 1 if trains_weights else 0))
+    kept = num_concepts * (FP32_BYTES + (FP32_BYTES * (c + 1) + 1 if trains_weights else 0))
     while True:
-        num_chunks = math.ceil(rows / _SMOOTHING_CHUNK)
-        filled = num_chunks * _SMOOTHING_CHUNK
-        kept += _FP32 * _SMOOTHING_CHUNK * filled
+        num_chunks = math.ceil(rows / SMOOTHING_CHUNK)
+        filled = num_chunks * SMOOTHING_CHUNK
+        kept += FP32_BYTES * SMOOTHING_CHUNK * filled
         if trains_weights:  # also what they are multiplied with, and their products in fp64
-            kept += filled * (_FP32 * c + (_FP64 + 1) * (_SMOOTHING_CHUNK + 1))
-            kept += num_chunks * (_FP32 * c + _FP64) if num_chunks > 1 else 0
-        if how.element == _FP32 and rows == num_concepts:  # the result is kept with its filling
-            kept += _FP32 * c * (filled - num_concepts)
+            kept += filled * (FP32_BYTES * c + (FP64_BYTES + 1) * (SMOOTHING_CHUNK + 1))
+            kept += num_chunks * (FP32_BYTES * c + FP64_BYTES) if num_chunks > 1 else 0
+        if (
+            how.element == FP32_BYTES and rows == num_concepts
+        ):  # the result is kept with its filling
+            kept += FP32_BYTES * c * (filled - num_concepts)
         if num_chunks == 1:
             return kept
-        kept += _FP32 * filled
+        kept += FP32_BYTES * filled
         rows = num_chunks

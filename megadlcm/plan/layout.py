@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data_pipeline.errors import InputError
 from megadlcm.config import ModelConfig, RunConfig
-from megadlcm.plan.accounting import flops_per_token
-from megadlcm.plan.memory import HeldChunk, MemoryEstimate, estimate_memory
+from megadlcm.config.anatomy import UnitKind
+from megadlcm.plan.accounting import TRAINING_PASSES, flops_per_token
+from megadlcm.plan.edges import Edge, model_edges, riding_edges
+from megadlcm.plan.memory import MemoryEstimate, estimate_memory, held_chunks, own_parameters
 from megadlcm.plan.schedule import Schedule, pipeline_schedule
-from megadlcm.plan.stages import SEGMENTATION, Chunk, Unit, cut_chunks
+from megadlcm.plan.stages import Chunk, chunk_of, cut_chunks
 from megadlcm.plan.traffic import (
     Traffic,
     counting_tensor_bytes,
     counts_first,
     data_bytes,
-    own_parameters,
-    pipeline_edges,
     rows_of_micro_batch,
     sent_by_stage,
     tensor_bytes,
 )
 
-TRAINING_PASSES = 3
-"""Forward once, backward twice; repeated work of recomputation does not count."""
 _SIMULATED = 64
 """Micro-batches for each chunk that are simulated at most; more of them repeat the steady part."""
 
@@ -141,13 +141,13 @@ def plan_layout(config: RunConfig, hardware: Hardware) -> LayoutPlan:
     parallel, size = config.parallel, config.parallel.pipeline_parallel_size
     replicas = parallel.data_parallel_size(hardware.world_size)
     micro_batches = config.training.gradient_accumulation_steps(replicas)
-    chunks = _chunks(config.model, config.data.seq_len, size, parallel.pipeline_placement)
-    span, schedule = _span(chunks, micro_batches)
-    total = sum(chunk.flops for chunk in chunks)
-    stages = [_stage_plan(config, stage, chunks, schedule, replicas) for stage in range(size)]
+    cut = _cut(config, parallel.pipeline_placement)
+    span, schedule = _span(cut.chunks, micro_batches)
+    total = sum(chunk.flops for chunk in cut.chunks)
+    stages = [_stage_plan(config, stage, cut, schedule, replicas) for stage in range(size)]
     heaviest = max(stage.flops_share for stage in stages)
     busy = TRAINING_PASSES * total * micro_batches / size
-    traffic = _traffic(config, chunks, replicas, micro_batches)
+    traffic = _traffic(config, cut, replicas, micro_batches)
     intra, inter = hardware.intra_node_gb * 1e9, hardware.inter_node_gb * 1e9
     local = max(hardware.gpus_per_node // parallel.tensor_parallel_size, 1)  # replicas of a node
     within_node = hardware.gpus_per_node % parallel.tensor_parallel_size == 0
@@ -159,7 +159,7 @@ def plan_layout(config: RunConfig, hardware: Hardware) -> LayoutPlan:
         bubble=max(1.0 - busy / span, 0.0),
         traffic=traffic,
         compute_seconds=_seconds(config, hardware, span * _repeated(config)),
-        counting_seconds=_seconds(config, hardware, _counting_span(config, chunks, micro_batches)),
+        counting_seconds=_seconds(config, hardware, _counting_span(config, cut, micro_batches)),
         tensor_seconds=traffic.tensor / (intra if within_node else inter),
         pipeline_seconds=traffic.pipeline / (inter if hardware.num_nodes > 1 else intra),
         data_seconds=traffic.data / (intra if replicas <= local else min(intra, inter * local)),
@@ -180,7 +180,7 @@ def describe_layout(config: RunConfig, replicas: int) -> str:
     parallel = config.parallel
     words = [f"tensor {parallel.tensor_parallel_size}"]
     if parallel.sequence_parallel:
-        words[0] += " with cut rows"
+        words[0] += " with sequence parallelism"
     stages = f"pipeline {parallel.pipeline_parallel_size}"
     if parallel.pipeline_parallel_size > 1:
         stages += f" {parallel.pipeline_placement}"
@@ -188,26 +188,62 @@ def describe_layout(config: RunConfig, replicas: int) -> str:
     return f"{' x '.join(words)}, ZeRO {parallel.zero_stage}, recompute {parallel.recompute}"
 
 
+@dataclass(frozen=True)
+class _Cut:
+    """The model in chunks, which many layouts share."""
+
+    chunks: tuple[Chunk, ...]
+    """The chunks."""
+    edges: tuple[Edge, ...]
+    """What crosses between them."""
+    riding: tuple[Edge, ...]
+    """The same if token states rode along from chunk to chunk; for comparison."""
+    counting: tuple[Chunk, ...]
+    """Chunks of the forward pass that only counts boundaries: up to the segmentation."""
+
+
+def _cut(config: RunConfig, placement: str) -> _Cut:
+    parallel = config.parallel
+    sizes = (parallel.pipeline_parallel_size, placement, parallel.sequence_parallel)
+    return _make_cut(config.model, config.data.seq_len, *sizes)
+
+
+# two caches: the search for a cut takes long and does not depend on sequence parallelism
 @functools.lru_cache(maxsize=1024)
 def _chunks(model: ModelConfig, seq_len: int, size: int, placement: str) -> tuple[Chunk, ...]:
-    """The cut, which many layouts share."""
     return tuple(cut_chunks(model, seq_len, size, placement))
 
 
-@functools.lru_cache(maxsize=4096)
-def _schedule(chunks: tuple[Chunk, ...], micro_batches: int) -> Schedule:
-    return pipeline_schedule(
-        [chunk.stage for chunk in chunks], [chunk.flops for chunk in chunks], micro_batches
-    )
+@functools.lru_cache(maxsize=1024)
+def _make_cut(
+    model: ModelConfig, seq_len: int, size: int, placement: str, sequence_parallel: bool
+) -> _Cut:
+    chunks = _chunks(model, seq_len, size, placement)
+    edges = model_edges(model, chunks, sequence_parallel)
+    last, counting = chunk_of(chunks, UnitKind.SEGMENTATION), list[Chunk]()
+    if last is not None:
+        kinds = [unit.kind for unit in chunks[last].units]
+        units = chunks[last].units[: kinds.index(UnitKind.SEGMENTATION) + 1]
+        counting = [*chunks[:last], dataclasses.replace(chunks[last], units=units)]
+    return _Cut(chunks, edges, riding_edges(edges), tuple(counting))
+
+
+def _schedule(chunks: Sequence[Chunk], micro_batches: int) -> Schedule:
+    stages, costs = (chunk.stage for chunk in chunks), (chunk.flops for chunk in chunks)
+    return _simulate(tuple(stages), tuple(costs), micro_batches)
+
+
+# by what it depends on: a key of chunks would hash every unit of the model for every layout
+_simulate = functools.lru_cache(maxsize=4096)(pipeline_schedule)
 
 
 def _stage_plan(
-    config: RunConfig, stage: int, chunks: tuple[Chunk, ...], schedule: Schedule, replicas: int
+    config: RunConfig, stage: int, cut: _Cut, schedule: Schedule, replicas: int
 ) -> StagePlan:
-    own = [chunk for chunk in chunks if chunk.stage == stage]
+    own = [chunk for chunk in cut.chunks if chunk.stage == stage]
     in_flight = schedule.peak_in_flight[stage]
-    held = [HeldChunk(c.units, count) for c, count in zip(own, in_flight, strict=True)]
-    total = sum(chunk.flops for chunk in chunks)
+    total = sum(chunk.flops for chunk in cut.chunks)
+    held = held_chunks(cut.chunks, cut.edges, stage, in_flight)
     return StagePlan(
         stage=stage,
         units=tuple(_range(chunk) for chunk in own),
@@ -219,11 +255,11 @@ def _stage_plan(
 
 
 def _range(chunk: Chunk) -> str:
-    names = chunk.names
-    return names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}"
+    first, last = chunk.units[0], chunk.units[-1]
+    return first.name if first is last else f"{first.name} .. {last.name}"
 
 
-def _span(chunks: tuple[Chunk, ...], micro_batches: int) -> tuple[float, Schedule]:
+def _span(chunks: Sequence[Chunk], micro_batches: int) -> tuple[float, Schedule]:
     """Time of a step in forward FLOPs of one token, and the schedule that it was taken from.
 
     After the first micro-batches the rest goes on at the pace that was reached.
@@ -241,25 +277,18 @@ def _repeated(config: RunConfig) -> float:
     if config.parallel.recompute != "block":
         return 1.0
     parts = flops_per_token(config.model, config.data.seq_len)
-    blocks = sum(parts.get(stack, 0.0) for stack in ("encoder", "backbone", "decoder"))
+    blocks = sum(parts.get(kind.label, 0.0) for kind in UnitKind if kind.is_block)
     return 1.0 + blocks / parts["total"] / TRAINING_PASSES
 
 
-def _counting_span(config: RunConfig, chunks: tuple[Chunk, ...], micro_batches: int) -> float:
+def _counting_span(config: RunConfig, cut: _Cut, micro_batches: int) -> float:
     """The same for the forward pass that counts boundaries: through the stages, then the pace."""
     if not counts_first(config, micro_batches):
         return 0.0
     flops = [0.0] * config.parallel.pipeline_parallel_size
-    for chunk, units in zip(chunks, _counting_units(chunks), strict=False):
-        flops[chunk.stage] += sum(unit.flops for unit in units)
+    for chunk in cut.counting:
+        flops[chunk.stage] += chunk.flops
     return sum(flops) + (micro_batches - 1) * max(flops)
-
-
-def _counting_units(chunks: tuple[Chunk, ...]) -> list[tuple[Unit, ...]]:
-    """Units up to the segmentation, by chunk."""
-    last = next(chunk for chunk in chunks if SEGMENTATION in chunk.names)
-    end = last.names.index(SEGMENTATION) + 1
-    return [*(chunk.units for chunk in chunks[: last.index]), last.units[:end]]
 
 
 def _seconds(config: RunConfig, hardware: Hardware, flops: float) -> float | None:
@@ -271,26 +300,22 @@ def _seconds(config: RunConfig, hardware: Hardware, flops: float) -> float | Non
     return flops * rows_of_micro_batch(config)[0] / rate
 
 
-def _traffic(
-    config: RunConfig, chunks: tuple[Chunk, ...], replicas: int, micro_batches: int
-) -> Traffic:
+def _traffic(config: RunConfig, cut: _Cut, replicas: int, micro_batches: int) -> Traffic:
     size, rows = config.parallel.pipeline_parallel_size, rows_of_micro_batch(config)
     tensor, own = [0.0] * size, [0.0] * size
-    for chunk in chunks:
-        tensor[chunk.stage] += sum(tensor_bytes(config, unit.name, *rows) for unit in chunk.units)
-        own[chunk.stage] += own_parameters(config, chunk.units)
+    for chunk in cut.chunks:
+        for kind, count in chunk.kinds.items():
+            tensor[chunk.stage] += count * tensor_bytes(config, kind, *rows)
+        own[chunk.stage] += own_parameters(config, chunk)
     if counts_first(config, micro_batches):
-        for chunk, units in zip(chunks, _counting_units(chunks), strict=False):
-            names = [unit.name for unit in units]
-            tensor[chunk.stage] += sum(counting_tensor_bytes(config, n, rows[0]) for n in names)
-    sent = _sent_by_stage(config, chunks, micro_batches)
-
-    def together(placement: str, rides: bool = False) -> float:
-        cut = _chunks(config.model, config.data.seq_len, size, placement)
-        return sum(_sent_by_stage(config, cut, micro_batches, rides))
-
+        for chunk in cut.counting:
+            for kind, count in chunk.kinds.items():
+                tensor[chunk.stage] += count * counting_tensor_bytes(config, kind, rows[0])
+    sent = _sent_by_stage(config, cut.chunks, cut.edges, micro_batches)
+    linear = _cut(config, "linear")
     try:
-        folded: float | None = together("folded")
+        fold = _cut(config, "folded")
+        folded = sum(_sent_by_stage(config, fold.chunks, fold.edges, micro_batches))
     except InputError:  # too few units
         folded = None
     return Traffic(
@@ -298,19 +323,16 @@ def _traffic(
         pipeline=max(sent),
         data=max(data_bytes(config, count, replicas, micro_batches) for count in own),
         pipeline_total=sum(sent),
-        pipeline_straight=together("linear"),
-        pipeline_riding=together("linear", rides=True),
+        pipeline_straight=sum(_sent_by_stage(config, linear.chunks, linear.edges, micro_batches)),
+        pipeline_riding=sum(_sent_by_stage(config, linear.chunks, linear.riding, micro_batches)),
         pipeline_folded=folded,
     )
 
 
 def _sent_by_stage(
-    config: RunConfig, chunks: tuple[Chunk, ...], micro_batches: int, rides: bool = False
+    config: RunConfig, chunks: Sequence[Chunk], edges: Sequence[Edge], micro_batches: int
 ) -> list[float]:
     """Bytes of a step that one process of each stage sends to other stages."""
-    edges = pipeline_edges(config, chunks, *rows_of_micro_batch(config), rides)
-    sent = sent_by_stage(edges, config.parallel.pipeline_parallel_size)
-    if counts_first(config, micro_batches):
-        for edge in edges[: len(_counting_units(chunks)) - 1]:
-            sent[edge.source] += edge.forward
+    rows, counts = rows_of_micro_batch(config), counts_first(config, micro_batches)
+    sent = sent_by_stage(config, chunks, edges, *rows, counts)
     return [micro_batches * num_bytes for num_bytes in sent]

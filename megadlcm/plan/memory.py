@@ -1,6 +1,6 @@
 """Memory of one process by formula, so that a login node can see whether a layout fits. No torch.
 
-What a unit keeps and makes is in `parallel.activations`.
+What a unit keeps and makes is in `plan.activations`, what crosses between chunks in `plan.edges`.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megadlcm.config import ModelConfig, RunConfig
+from megadlcm.config.anatomy import UnitKind
+from megadlcm.config.constants import BUCKET_ELEMENTS, FP32_BYTES
+from megadlcm.plan.accounting import count_parameters
 from megadlcm.plan.activations import (
-    arithmetic_of,
     element_size,
     logits_bytes,
     rotation_bytes,
     unit_activation_bytes,
     working_bytes,
 )
-from megadlcm.plan.stages import READER, SEGMENTATION, Unit, model_units
+from megadlcm.plan.edges import Edge, edge_bytes, kept_edges
+from megadlcm.plan.stages import Chunk, model_units
 
-_FP32 = 4
 _MOMENTS = {"adamw": 2, "sgd": 0}
-_BUCKET_BYTES = 50_000_000 * _FP32
-"""Elements of DeepSpeed's bucket, see `training.engine`, in fp32."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,30 @@ class MemoryEstimate:
 class HeldChunk:
     """What a process holds of one chunk."""
 
-    units: tuple[Unit, ...]
-    """Its units."""
+    chunk: Chunk
+    """The chunk."""
     in_flight: int = 1
     """Micro-batches between forward and backward at the worst moment."""
+    kept_edges: tuple[Edge, ...] = ()
+    """What it keeps of other chunks' tensors, or for them; see `plan.edges.kept_edges`."""
+
+
+def held_chunks(
+    chunks: Sequence[Chunk], edges: Sequence[Edge], stage: int, in_flight: Sequence[int]
+) -> list[HeldChunk]:
+    """Lists what a process of a stage holds.
+
+    Args:
+        chunks: the cut.
+        edges: what crosses between its chunks.
+        stage: the stage.
+        in_flight: micro-batches that each of its chunks holds.
+    """
+    own = [chunk for chunk in chunks if chunk.stage == stage]
+    return [
+        HeldChunk(chunk, count, kept_edges(edges, chunks, chunk.index))
+        for chunk, count in zip(own, in_flight, strict=True)
+    ]
 
 
 def estimate_memory(
@@ -87,56 +107,58 @@ def estimate_memory(
     Returns:
         Bytes by use.
     """
-    if chunks is None:
-        chunks = [HeldChunk(tuple(model_units(config.model, config.data.seq_len)))]
-    stage, size = config.parallel.zero_stage, config.parallel.tensor_parallel_size
-    num_parameters = 0.0
-    for chunk in chunks:
-        for unit in chunk.units:
-            whole = whole_parameters(config.model, unit.name)
-            num_parameters += whole + (unit.parameters - whole) / size
+    chunks = chunks or _whole_model(config)
+    stage = config.parallel.zero_stage
+    num_parameters = sum(own_parameters(config, held.chunk) for held in chunks)
 
     def held(num_bytes: float, shared_from: int) -> float:
         return num_parameters * num_bytes / (data_parallel_size if stage >= shared_from else 1)
 
-    master = _FP32 if stage >= 1 else 0
-    moments = _MOMENTS[config.optimizer.name] * _FP32
+    master = FP32_BYTES if stage >= 1 else 0
+    moments = _MOMENTS[config.optimizer.name] * FP32_BYTES
     tokens = config.training.micro_batch_size * config.data.seq_len
     ratio = config.model.target_tokens_per_concept
     return MemoryEstimate(
         parameters=held(element_size(config), 3),
-        gradients=held(_FP32, 2),
+        gradients=held(FP32_BYTES, 2),
         optimizer=held(master + moments, 1),
         activations=activation_bytes(config, tokens, tokens / ratio, chunks, on_gpu),
         activations_worst=activation_bytes(config, tokens, tokens, chunks, on_gpu),
-        buffers=_BUCKET_BYTES if stage >= 2 else 0.0,
+        buffers=BUCKET_ELEMENTS * FP32_BYTES if stage >= 2 else 0.0,
     )
 
 
-def whole_parameters(model: ModelConfig, unit: str) -> int:
-    """Counts the parameters of a unit that tensor parallelism does not cut.
+def own_parameters(config: RunConfig, chunk: Chunk) -> float:
+    """Parameters of a chunk that one process of a tensor parallel group holds."""
+    kinds = chunk.kinds.items()
+    whole = sum(count * whole_parameters(config.model, kind) for kind, count in kinds)
+    return whole + (chunk.parameters - whole) / config.parallel.tensor_parallel_size
+
+
+def whole_parameters(model: ModelConfig, kind: UnitKind) -> int:
+    """Counts the parameters of a unit that tensor parallelism does not shard.
 
     Gains, boundary detector and concept pool are whole on every process of a group.
 
     Args:
         model: shape of the model.
-        unit: name of the unit.
+        kind: what the unit does.
 
     Returns:
         Their number.
     """
-    kind = unit.partition(".")[0]
     d, c = model.d_token, model.d_concept
-    if kind == "token_embedding":
+    if kind is UnitKind.TOKEN_EMBEDDING:
         return 0
-    if kind == "lm_head":
+    if kind is UnitKind.LM_HEAD:
         return d
-    if kind == READER:
+    if kind is UnitKind.CONCEPT_READER:
         return c + d + c + 2 * model.token_head_size
-    if kind == SEGMENTATION:
-        units = model_units(model, 1)
-        return next(member.parameters for member in units if member.name == SEGMENTATION)
-    width, head = (c, model.concept_head_size) if kind == "backbone" else (d, model.token_head_size)
+    if kind is UnitKind.SEGMENTATION:
+        counts = count_parameters(model)
+        return d + counts["boundary_detector"] + counts["concept_pool"]
+    on_concepts = kind is UnitKind.BACKBONE
+    width, head = (c, model.concept_head_size) if on_concepts else (d, model.token_head_size)
     return 2 * width + (2 * head if model.self_attention_qk_norm else 0)
 
 
@@ -162,50 +184,24 @@ def activation_bytes(
     Returns:
         Bytes.
     """
-    if chunks is None:
-        chunks = [HeldChunk(tuple(model_units(config.model, config.data.seq_len)))]
-    held, working = 0.0, 0.0
-    segmented = any(unit.name == SEGMENTATION for chunk in chunks for unit in chunk.units)
-    for chunk in chunks:
-        kept = [
-            (unit.name, _kept(config, chunk, unit, num_tokens, num_concepts, on_gpu))
-            for unit in chunk.units
-        ]
-        sent = _sent(config, chunk, num_tokens, num_concepts)
-        if not segmented and any(unit.name == READER for unit in chunk.units):
-            sent += num_tokens * config.model.d_token * element_size(config)  # token states came in
-        of_micro_batch = sum(size for _, size in kept) + sent
-        held += chunk.in_flight * of_micro_batch
+    rows = (num_tokens, num_concepts)
+    total, working = 0.0, 0.0
+    for held in chunks or _whole_model(config):
+        of_micro_batch = sum(edge_bytes(config, edge, *rows) for edge in held.kept_edges)
         free = 0.0
-        for name, size in reversed(kept):
-            made = working_bytes(config, name, num_tokens, num_concepts, on_gpu)
-            working = max(working, made - free)
-            free += size - (logits_bytes(config, num_tokens) if name == "lm_head" else 0.0)
-    return held + working
+        for kind, count in reversed(held.chunk.kinds.items()):
+            # the last unit of a kind has the least free memory, so it decides for all of them
+            working = max(working, working_bytes(config, kind, *rows, on_gpu) - free)
+            kept = count * unit_activation_bytes(config, kind, *rows, on_gpu)
+            kept += rotation_bytes(config, kind, *rows)  # one for all neighbouring blocks
+            of_micro_batch += kept
+            free += kept
+            if kind is UnitKind.LM_HEAD:  # logits stay until the chunk's backward pass is over
+                free -= logits_bytes(config, num_tokens)
+        total += held.in_flight * of_micro_batch
+    return total + working
 
 
-def _kept(
-    config: RunConfig,
-    chunk: HeldChunk,
-    unit: Unit,
-    num_tokens: float,
-    num_concepts: float,
-    on_gpu: bool,
-) -> float:
-    """What a unit keeps; the first block of a stack in a chunk also rotations for all of them."""
-    size = unit_activation_bytes(config, unit.name, num_tokens, num_concepts, on_gpu)
-    stack = unit.name.partition(".")[0]
-    first = next(member for member in chunk.units if member.name.partition(".")[0] == stack)
-    if first is unit:
-        size += rotation_bytes(config, stack, num_tokens, num_concepts)
-    return size
-
-
-def _sent(config: RunConfig, chunk: HeldChunk, num_tokens: float, num_concepts: float) -> float:
-    """States that a chunk has sent on and keeps until their gradient comes."""
-    last, how = chunk.units[-1], arithmetic_of(config)
-    if last.name == "lm_head":
-        return 0.0
-    if last.stream == "concepts":
-        return how.element * how.rows * num_concepts * config.model.d_concept
-    return how.element * how.rows * num_tokens * config.model.d_token
+def _whole_model(config: RunConfig) -> list[HeldChunk]:
+    """What the only process of a run holds, with one micro-batch."""
+    return [HeldChunk(Chunk(0, 0, tuple(model_units(config.model, config.data.seq_len))))]

@@ -8,13 +8,13 @@ from typing import Any
 
 from megadlcm.config import RunConfig
 from megadlcm.plan.accounting import (
+    TRAINING_PASSES,
     count_parameters,
     dense_control,
     flops_per_token,
     matmul_parameters_per_token,
 )
 from megadlcm.plan.layout import (
-    TRAINING_PASSES,
     Hardware,
     LayoutPlan,
     describe_layout,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from data_pipeline.errors import InputError
 from megadlcm.config import ParallelConfig, RunConfig
+from megadlcm.config.constants import GIB
+from megadlcm.config.parallel import PipelinePlacement, Recompute
 from megadlcm.plan.layout import (
     Hardware,
     LayoutPlan,
@@ -21,8 +22,14 @@ from megadlcm.plan.layout import (
 
 ASSUMED_PEAK_TFLOPS = 989.0
 """An H100's, in bf16 without sparsity; layouts cannot be compared without any speed."""
-_GIB = 2.0**30
-_RECOMPUTE = ("none", "selective", "block")
+# why layouts are refused, by the key that the refusal names; sizes of the model do not divide
+_REASONS = {
+    "training.global_batch_size": "does not divide into micro-batches of all replicas",
+    "training.precision": "bf16 needs ZeRO 1 to keep master weights",
+    "parallel.zero_stage": "must be 0 or 1 with a pipeline",
+    "parallel.pipeline_parallel_size": "cuts the model into more chunks than it has units",
+}
+_DEVICE_MEMORY = "--device-memory"
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ def rank_layouts(config: RunConfig, hardware: Hardware) -> Ranking:
         try:
             layout = _try(config, hardware, keys)
         except InputError as error:
-            reason = _reason(str(error))
+            reason = _reason(error.key)
             refused[reason] = refused.get(reason, 0) + 1
             continue
         found.append(layout)
@@ -92,11 +99,12 @@ def check_device_memory(needed: float, hardware: Hardware) -> None:
         InputError: it does not fit.
     """
     limit = hardware.device_memory_gib
-    if limit is not None and needed > limit * _GIB:
+    if limit is not None and needed > limit * GIB:
         raise InputError(
-            f"one process needs {needed / _GIB:.1f} GiB, must be <= --device-memory = "
+            f"one process needs {needed / GIB:.1f} GiB, must be <= {_DEVICE_MEMORY} = "
             f"{limit:g} GiB; raise parallel.zero_stage, set parallel.recompute=block, cut the "
-            "model over more processes or lower training.micro_batch_size"
+            "model over more processes or lower training.micro_batch_size",
+            key=_DEVICE_MEMORY,
         )
 
 
@@ -105,17 +113,17 @@ def _candidates(hardware: Hardware) -> Iterator[dict[str, Any]]:
     world_size = hardware.world_size
     for tensor in _divisors(hardware.gpus_per_node):
         for pipeline in _divisors(world_size // tensor):
-            for zero, cut_rows, recompute, placement in itertools.product(
+            for zero, sequence, recompute, placement in itertools.product(
                 (0, 1, 2, 3),
                 (False, True) if tensor > 1 else (False,),
-                _RECOMPUTE,
-                ("linear", "folded") if pipeline > 1 else ("linear",),
+                get_args(Recompute),
+                get_args(PipelinePlacement) if pipeline > 1 else ("linear",),
             ):
                 yield {
                     "tensor_parallel_size": tensor,
                     "pipeline_parallel_size": pipeline,
                     "zero_stage": zero,
-                    "sequence_parallel": cut_rows,
+                    "sequence_parallel": sequence,
                     "recompute": recompute,
                     "pipeline_placement": placement,
                 }
@@ -138,17 +146,8 @@ def _try(config: RunConfig, hardware: Hardware, keys: dict[str, Any]) -> RankedL
     return RankedLayout(parallel, description, plan, seconds, utilization)
 
 
-def _reason(message: str) -> str:
-    """What layouts that are refused alike have in common: the key that is named first."""
-    if message.startswith("one process needs"):
-        return "needs more than --device-memory"
-    match = re.match(r"[a-z_]+\.[a-z_]+", message)
-    assert match is not None, message
-    reasons = {
-        "training.global_batch_size": "does not divide into micro-batches of all replicas",
-        "training.precision": "bf16 needs ZeRO 1 to keep master weights",
-        "parallel.zero_stage": "must be 0 or 1 with a pipeline",
-        "parallel.pipeline_parallel_size": "cuts the model into more chunks than it has units",
-    }
-    rule = reasons.get(match[0], "is not divisible by the tensor parallel size")
-    return f"{match[0]} {rule}"
+def _reason(key: str) -> str:
+    """What layouts that are refused for the same key have in common."""
+    if key == _DEVICE_MEMORY:
+        return f"needs more than {key}"
+    return f"{key} {_REASONS.get(key, 'is not divisible by the tensor parallel size')}"

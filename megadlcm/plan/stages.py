@@ -8,32 +8,38 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from functools import cached_property
+from typing import NamedTuple
 
 from data_pipeline.errors import InputError
+from megadlcm.config.anatomy import Stream, UnitId, UnitKind, unit_ids
 from megadlcm.config.model import ModelConfig
 from megadlcm.plan.accounting import count_parameters, flops_per_token
-
-Stream = Literal["tokens", "concepts"]
-SEGMENTATION, READER = "segmentation", "concept_reader"
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Smallest piece of the model that a stage can hold."""
+    """Smallest part of the model that a stage can hold, with what it costs."""
 
-    name: str
-    """`token_embedding`, `encoder.0`, ..., `segmentation`, `backbone.0`, ..., `lm_head`."""
+    id: UnitId
+    """Which one."""
     modules: tuple[str, ...]
     """Prefixes of the names of its parameters."""
     flops: float
     """Forward FLOPs of one token at the expected tokens per concept."""
     parameters: int
     """Parameters, before tensor parallelism."""
-    stream: Stream
-    """What it hands to the next unit."""
+
+    @property
+    def kind(self) -> UnitKind:
+        return self.id.kind
+
+    @property
+    def name(self) -> str:
+        return self.id.name
 
 
 @dataclass(frozen=True)
@@ -47,20 +53,44 @@ class Chunk:
     units: tuple[Unit, ...]
     """The units."""
 
-    @property
+    # cached, as thousands of layouts share a cut
+    @cached_property
     def flops(self) -> float:
         """Forward FLOPs of one token."""
         return sum(unit.flops for unit in self.units)
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         """Parameters, before tensor parallelism."""
         return sum(unit.parameters for unit in self.units)
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the units."""
-        return tuple(unit.name for unit in self.units)
+    def unit_ids(self) -> tuple[UnitId, ...]:
+        return tuple(unit.id for unit in self.units)
+
+    @cached_property
+    def kinds(self) -> dict[UnitKind, int]:
+        """How many units it has of each kind, in the order of the computation."""
+        return dict(Counter(unit.kind for unit in self.units))
+
+
+def chunk_of(chunks: Sequence[Chunk], kind: UnitKind) -> int | None:
+    """Index of the first chunk with a unit of this kind; None if the model has none."""
+    return next((chunk.index for chunk in chunks if kind in chunk.kinds), None)
+
+
+def width_of(model: ModelConfig, stream: Stream) -> int:
+    """Numbers of a row of states."""
+    return model.d_concept if stream is Stream.CONCEPTS else model.d_token
+
+
+# (stack whose last norm it holds, parts of the accounting) of each kind that exists once
+_CONTENTS: dict[UnitKind, tuple[UnitKind | None, tuple[str, ...]]] = {
+    UnitKind.TOKEN_EMBEDDING: (None, ("token_embedding",)),
+    UnitKind.SEGMENTATION: (UnitKind.ENCODER, ("boundary_detector", "concept_pool")),
+    UnitKind.CONCEPT_READER: (UnitKind.BACKBONE, ("concept_reader",)),
+    UnitKind.LM_HEAD: (UnitKind.DECODER, ("lm_head",)),
+}
 
 
 def model_units(
@@ -74,54 +104,30 @@ def model_units(
         tokens_per_concept: realised R; None means the target.
 
     Returns:
-        Units whose FLOPs and parameters add up to those of `config.accounting`.
+        Units whose FLOPs and parameters add up to those of `plan.accounting`.
     """
     flops = flops_per_token(model, seq_len, tokens_per_concept)
-    counts = count_parameters(model)
-    d, c = model.d_token, model.d_concept
-    units = [
-        Unit("token_embedding", ("token_embedding",), 0.0, counts["token_embedding"], "tokens")
-    ]
-
-    def blocks(stack: str, num_layers: int, norm: int, stream: Stream) -> list[Unit]:
-        return [
-            Unit(
-                f"{stack}.{index}",
-                (f"{stack}.blocks.{index}",),
-                flops[stack] / num_layers,
-                (counts[stack] - norm) // num_layers,
-                stream,
+    counts, ids = count_parameters(model), unit_ids(model)
+    layers = Counter(unit.kind for unit in ids)
+    units = []
+    for unit in ids:
+        kind, stack = unit.kind, unit.kind.label
+        if kind.is_block:
+            # the accounting gives a stack its last norm, which the unit after the stack holds
+            in_blocks = counts[stack] - width_of(model, kind.stream)
+            modules: tuple[str, ...] = (f"{stack}.blocks.{unit.index}",)
+            units.append(
+                Unit(unit, modules, flops[stack] / layers[kind], in_blocks // layers[kind])
             )
-            for index in range(num_layers)
-        ]
-
-    if model.architecture == "dlcm":
-        units += blocks("encoder", model.encoder_layers, d, "tokens")
-        units.append(
-            Unit(
-                SEGMENTATION,
-                ("encoder.norm", "boundary_detector", "concept_pool"),
-                flops["boundary_detector"] + flops["concept_pool"],
-                d + counts["boundary_detector"] + counts["concept_pool"],
-                "concepts",
-            )
-        )
-        units += blocks("backbone", model.backbone_layers, c, "concepts")
-        units.append(
-            Unit(
-                READER,
-                ("backbone.norm", "concept_reader"),
-                flops["concept_reader"],
-                c + counts["concept_reader"],
-                "tokens",
-            )
-        )
-    layers = model.decoder_layers if model.architecture == "dlcm" else model.num_layers
-    units += blocks("decoder", layers, d, "tokens")
-    head = Unit(
-        "lm_head", ("decoder.norm", "lm_head"), flops["lm_head"], d + counts["lm_head"], "tokens"
-    )
-    return [*units, head]
+            continue
+        closed, parts = _CONTENTS[kind]
+        parameters, modules = sum(counts[part] for part in parts), parts
+        if closed is not None:
+            parameters += width_of(model, closed.stream)
+            modules = (f"{closed.label}.norm", *parts)
+        cost = sum((flops.get(part, 0.0) for part in parts), 0.0)
+        units.append(Unit(unit, modules, cost, parameters))
+    return units
 
 
 def cut_chunks(
@@ -153,10 +159,12 @@ def cut_chunks(
         raise InputError(
             f"parallel.pipeline_parallel_size = {num_stages} cuts the model into {num_chunks} "
             f"chunks ({placement}), must be at most its {len(units)} units (embedding, blocks, "
-            "segmentation, concept reader, head); lower it"
+            "segmentation, concept reader, head); lower it",
+            key="parallel.pipeline_parallel_size",
         )
     cuts = _best_cuts(units, num_stages, folded)
     bounds = [0, *cuts, len(units)]
+    # a folded model comes back up: chunk 2 S - 2 is on stage 0 again
     return [
         Chunk(
             index,
@@ -178,78 +186,92 @@ class _Best(NamedTuple):
 
 def _best_cuts(units: list[Unit], num_stages: int, folded: bool) -> list[int]:
     """Cuts between the chunks: first the heaviest stage is minimised, then the sum of squares."""
-    names = [unit.name for unit in units]
-    skip = None
-    if folded and SEGMENTATION in names:
-        skip = names.index(SEGMENTATION), names.index(READER)
-        if _search(units, num_stages, folded, skip, math.inf, max) is None:
-            skip = None  # no cut keeps both on one stage
-    lightest = _search(units, num_stages, folded, skip, math.inf, max)
+    search = _Search(units, num_stages, folded)
+    lightest = search.lightest()
+    if lightest is None:  # no cut keeps both ends of the skip connection on one stage
+        search.skip = None
+        lightest = search.lightest()
     assert lightest is not None
-    limit = lightest.cost * (1 + 1e-12)
-    best = _search(units, num_stages, folded, skip, limit, lambda cost, flops: cost + flops**2)
+    # the two searches add in another order: without slack the last bit could exclude every cut
+    best = search.run(lightest * (1 + 1e-12), lambda cost, flops: cost + flops**2)
     assert best is not None
     return [*best.front, *best.back]
 
 
-def _search(
-    units: list[Unit],
-    num_stages: int,
-    folded: bool,
-    skip: tuple[int, int] | None,
-    limit: float,
-    add: Callable[[float, float], float],
-) -> _Best | None:
+class _Search:
     """Dynamic programming over the stages, from the outside (both ends) inwards.
 
     Args:
         units: the units.
         num_stages: stages.
         folded: whether a stage has a chunk at both ends.
-        skip: two units that must be on the same stage.
-        limit: FLOPs that no stage may exceed.
-        add: adds a stage to the cost.
-
-    Returns:
-        The cheapest cut; None if no cut keeps the conditions.
     """
-    running = [0.0, *itertools.accumulate(unit.flops for unit in units)]
-    states = {(0, len(units)): _Best(0.0, (), ())}
-    for stage in range(num_stages - 1):
-        reached: dict[tuple[int, int], _Best] = {}
+
+    def __init__(self, units: list[Unit], num_stages: int, folded: bool) -> None:
+        self.num_units, self.num_stages, self.folded = len(units), num_stages, folded
+        self.running = [0.0, *itertools.accumulate(unit.flops for unit in units)]
+        kinds = [unit.kind for unit in units]
+        self.skip: tuple[int, int] | None = None
+        """Two units that must be on the same stage."""
+        if folded and UnitKind.SEGMENTATION in kinds:
+            self.skip = kinds.index(UnitKind.SEGMENTATION), kinds.index(UnitKind.CONCEPT_READER)
+
+    def lightest(self) -> float | None:
+        """FLOPs of the heaviest stage where it is lightest; None if no cut keeps the conditions."""
+        mean = self.running[-1] / self.num_stages
+        heaviest = max(after - before for before, after in itertools.pairwise(self.running))
+        # a tight limit leaves few cuts to try, and what it excludes is heavier than what it finds
+        for slack in (1.1, 1.5, math.inf):
+            found = self.run(slack * max(mean, heaviest), max)
+            if found is not None:
+                return found.cost
+        return None
+
+    def run(self, limit: float, add: Callable[[float, float], float]) -> _Best | None:
+        """Finds the cheapest cut; None if no cut keeps the conditions.
+
+        Args:
+            limit: FLOPs that no stage may exceed.
+            add: adds a stage to the cost.
+        """
+        states = {(0, self.num_units): _Best(0.0, (), ())}
+        for stage in range(self.num_stages - 1):
+            reached: dict[tuple[int, int], _Best] = {}
+            for (start, stop), best in states.items():
+                for i, j, flops in self._next_cuts(start, stop, self.num_stages - 1 - stage, limit):
+                    cost, known = add(best.cost, flops), reached.get((i, j))
+                    if known is not None and known.cost < cost:
+                        continue
+                    # of equal costs the first cuts decide, so that every process finds the same
+                    back = (j, *best.back) if self.folded else ()
+                    found = _Best(cost, (*best.front, i), back)
+                    if known is None or found < known:
+                        reached[i, j] = found
+            states = reached
+        finished = []
         for (start, stop), best in states.items():
-            for i, j in _next_cuts(start, stop, num_stages - 1 - stage, folded):
+            flops = self.running[stop] - self.running[start]
+            if flops <= limit:
+                finished.append(best._replace(cost=add(best.cost, flops)))
+        return min(finished, default=None)
+
+    def _next_cuts(
+        self, start: int, stop: int, left: int, limit: float
+    ) -> Iterator[tuple[int, int, float]]:
+        """Where a stage may end so that each of the `left` others gets a unit, and its FLOPs."""
+        needed = 2 * left - 1 if self.folded else left
+        running = self.running
+        for i in range(start + 1, stop - needed + 1):
+            # from the lightest back chunk to heavier ones: after the first too heavy stage all are
+            for j in range(stop - 1, i + needed - 1, -1) if self.folded else (stop,):
                 flops = running[i] - running[start] + running[stop] - running[j]
-                if flops > limit or (skip and _apart(skip, start, stop, i, j)):
-                    continue
-                found = _Best(
-                    add(best.cost, flops),
-                    (*best.front, i),
-                    (j, *best.back) if folded else (),
-                )
-                if (i, j) not in reached or found < reached[i, j]:
-                    reached[i, j] = found
-        states = reached
-    finished = [
-        _Best(add(best.cost, running[stop] - running[start]), best.front, best.back)
-        for (start, stop), best in states.items()
-        if running[stop] - running[start] <= limit
-    ]
-    return min(finished, default=None)
+                if flops > limit:
+                    break
+                if self.skip is None or not _apart(*self.skip, start, stop, i, j):
+                    yield i, j, flops
 
 
-def _next_cuts(start: int, stop: int, left: int, folded: bool) -> Iterator[tuple[int, int]]:
-    """Where a stage may end, so that each of the `left` others still gets what it needs."""
-    needed = 2 * left - 1 if folded else left
-    for i in range(start + 1, stop - needed + 1):
-        if not folded:
-            yield i, stop
-            continue
-        for j in range(i + needed, stop):
-            yield i, j
-
-
-def _apart(skip: tuple[int, int], start: int, stop: int, i: int, j: int) -> bool:
+def _apart(segmentation: int, reader: int, start: int, stop: int, i: int, j: int) -> bool:
     """Whether a folded stage holds one end of the skip connection and not the other."""
-    segmentation, reader = (start <= end < i or j <= end < stop for end in skip)
-    return segmentation != reader
+    holds_segmentation = start <= segmentation < i or j <= segmentation < stop
+    return holds_segmentation != (start <= reader < i or j <= reader < stop)

@@ -52,22 +52,22 @@ def mistakes(run: tuple[RunConfig, int]) -> list[str]:
         """A block that lies on another stage than the plan says."""
         result = exact(config)
         name = "encoder.blocks.0.attention.wq.weight"
-        part = dataclasses.replace(result.parts[name], stage=result.parts[name].stage + 1)
-        return Partition(result.chunks, result.parts | {name: part})
+        part = dataclasses.replace(result.specs[name], stage=result.specs[name].stage + 1)
+        return Partition(result.chunks, result.specs | {name: part})
 
     def whole(config: RunConfig) -> Partition:
         """A matrix that nobody cuts."""
         result = exact(config)
         name = "decoder.blocks.0.feed_forward.w_up.weight"
-        part = dataclasses.replace(result.parts[name], dimension=None)
-        return Partition(result.chunks, result.parts | {name: part})
+        part = dataclasses.replace(result.specs[name], dimension=None)
+        return Partition(result.chunks, result.specs | {name: part})
 
     def twice(config: RunConfig) -> Partition:
         """A unit that two stages count as theirs."""
         result = exact(config)
         chunks: list[Chunk] = list(result.chunks)
         chunks[1] = dataclasses.replace(chunks[1], units=(*chunks[0].units, *chunks[1].units))
-        return Partition(chunks, result.parts)
+        return Partition(chunks, result.specs)
 
     def uncounted(*arguments: Any) -> int:
         """A formula that forgets the gains."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megadlcm.config import RunConfig, load_config
+from megadlcm.config.anatomy import UnitId, UnitKind
 from megadlcm.model import LanguageModel
 from megadlcm.ops import attention
 from megadlcm.parallel.partition import build_stage_model
@@ -44,23 +45,22 @@ def run_of(run_file: Path, model: dict[str, Any], *overrides: str) -> RunConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
 
 
-def expected_units(config: RunConfig, measured: Measured, on_gpu: bool) -> dict[str, float]:
+def expected_units(config: RunConfig, measured: Measured, on_gpu: bool) -> dict[UnitId, float]:
     """The formula for each unit; the first block of a stack also keeps the rotations."""
     rows, seen, expected = (measured.num_tokens, measured.num_concepts), set(), {}
-    for name in measured.units:
-        expected[name] = unit_activation_bytes(config, name, *rows, on_gpu)
-        stack = name.partition(".")[0]
-        if stack not in seen:
-            expected[name] += rotation_bytes(config, stack, *rows)
-        seen.add(stack)
+    for unit in measured.units:
+        expected[unit] = unit_activation_bytes(config, unit.kind, *rows, on_gpu)
+        if unit.kind not in seen:
+            expected[unit] += rotation_bytes(config, unit.kind, *rows)
+        seen.add(unit.kind)
     return expected
 
 
 def check_units(config: RunConfig, measured: Measured, on_gpu: bool) -> None:
     """Every unit agrees to one per cent, or a few numbers."""
     expected = expected_units(config, measured, on_gpu)
-    for name, found in measured.units.items():
-        assert expected[name] == pytest.approx(found, rel=KEPT_TOLERANCE, abs=64), name
+    for unit, found in measured.units.items():
+        assert expected[unit] == pytest.approx(found, rel=KEPT_TOLERANCE, abs=64), unit.name
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -93,7 +93,8 @@ def test_uneven_documents_keep_no_more_than_the_formula_says(run_file: Path) -> 
     config = run_of(run_file, {})
     measured = measure_units(config, [100, 5, 128, 1, 60])
     expected = expected_units(config, measured, on_gpu=False)
-    reader = (measured.units.pop("concept_reader"), expected.pop("concept_reader"))
+    unit = UnitId(UnitKind.CONCEPT_READER)
+    reader = (measured.units.pop(unit), expected.pop(unit))
     assert reader[0] < reader[1] < 1.1 * reader[0]
     assert sum(expected.values()) == pytest.approx(sum(measured.units.values()), rel=0.001)
 

@@ -11,9 +11,16 @@ import pytest
 from megadlcm.config import RunConfig, load_config
 from megadlcm.engine.state import TrainState
 from megadlcm.engine.step import TrainStep
-from megadlcm.parallel.partition import cut_dimension, make_partition
+from megadlcm.parallel.partition import make_partition, shard_dimension
 from megadlcm.plan.accounting import count_parameters
-from megadlcm.plan.memory import HeldChunk, activation_bytes, estimate_memory, whole_parameters
+from megadlcm.plan.edges import model_edges
+from megadlcm.plan.memory import (
+    HeldChunk,
+    activation_bytes,
+    estimate_memory,
+    held_chunks,
+    whole_parameters,
+)
 from megadlcm.plan.stages import cut_chunks, model_units
 from megadlcm.training.replica_loader import open_loader
 from tests.support.distributed import run_distributed
@@ -59,8 +66,11 @@ def test_stages_hold_the_model_between_them(run_file: Path, placement: str) -> N
     config = load_config(run_file, ["training.precision=bf16"])
     chunks = cut_chunks(config.model, config.data.seq_len, 2, placement)
 
+    edges = model_edges(config.model, chunks, sequence_parallel=False)
+
     def of_stage(stage: int, in_flight: int) -> list[HeldChunk]:
-        return [HeldChunk(chunk.units, in_flight) for chunk in chunks if chunk.stage == stage]
+        own = sum(chunk.stage == stage for chunk in chunks)
+        return held_chunks(chunks, edges, stage, [in_flight] * own)
 
     stages = [estimate_memory(config, 1, of_stage(stage, 1)) for stage in (0, 1)]
     whole = estimate_memory(config, 1)
@@ -75,7 +85,7 @@ def test_stages_hold_the_model_between_them(run_file: Path, placement: str) -> N
 @pytest.mark.parametrize("architecture", ["dlcm", "dense"])
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("mode", ["learned_global", "rule"])
-def test_whole_parameters_are_those_that_the_page_does_not_cut(
+def test_whole_parameters_are_those_that_the_page_does_not_shard(
     run_file: Path, architecture: str, qk_norm: bool, mode: str
 ) -> None:
     config = load_config(run_file)
@@ -86,15 +96,15 @@ def test_whole_parameters_are_those_that_the_page_does_not_cut(
         "segment_align": "start_shift",
     }
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **options))
-    parts = [part for part in make_partition(config).parts.values() if part.is_parameter]
+    specs = [spec for spec in make_partition(config).specs.values() if spec.is_parameter]
     for unit in model_units(config.model, config.data.seq_len):
         own = [
-            part.shape.numel()
-            for part in parts
-            if any(part.name.startswith(f"{prefix}.") for prefix in unit.modules)
-            and cut_dimension(part.name) is None
+            spec.shape.numel()
+            for spec in specs
+            if any(spec.name.startswith(f"{prefix}.") for prefix in unit.modules)
+            and shard_dimension(spec.name) is None
         ]
-        assert whole_parameters(config.model, unit.name) == sum(own), unit.name
+        assert whole_parameters(config.model, unit.kind) == sum(own), unit.name
 
 
 def resident_bytes(field: str) -> int:

@@ -10,9 +10,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megadlcm.config import InputError, ModelConfig, load_config
+from megadlcm.config.anatomy import UnitKind
 from megadlcm.model import build_model
 from megadlcm.plan.accounting import count_parameters, flops_per_token
-from megadlcm.plan.stages import READER, SEGMENTATION, Chunk, Unit, cut_chunks, model_units
+from megadlcm.plan.stages import Chunk, Unit, cut_chunks, model_units
 from tests.support.paths import CONFIGS
 from tests.support.tiny_models import tiny_config
 
@@ -43,8 +44,8 @@ def weigh(
         stage = stage_of(index, num_stages)
         for unit in units[start:stop]:
             loads[stage] += unit.flops
-            where[unit.name] = stage
-    apart = folded and where.get(SEGMENTATION) != where.get(READER)
+            where[unit.kind] = stage
+    apart = folded and where.get(UnitKind.SEGMENTATION) != where.get(UnitKind.CONCEPT_READER)
     return apart, max(loads), sum(load**2 for load in loads)
 
 
@@ -143,11 +144,11 @@ def test_no_cut_is_better(
 @pytest.mark.parametrize("num_stages", [2, 4, 8])
 def test_the_folded_large_model_keeps_token_states_on_their_stage(num_stages: int) -> None:
     chunks = cut_chunks(model_of("dlcm_2.3b"), 2048, num_stages, "folded")
-    where = {unit.name: chunk.stage for chunk in chunks for unit in chunk.units}
-    assert where[SEGMENTATION] == where[READER]
+    where = {unit.kind: chunk.stage for chunk in chunks for unit in chunk.units}
+    assert where[UnitKind.SEGMENTATION] == where[UnitKind.CONCEPT_READER]
     linear = cut_chunks(model_of("dlcm_2.3b"), 2048, num_stages)
-    where = {unit.name: chunk.stage for chunk in linear for unit in chunk.units}
-    assert where[SEGMENTATION] != where[READER]
+    where = {unit.kind: chunk.stage for chunk in linear for unit in chunk.units}
+    assert where[UnitKind.SEGMENTATION] != where[UnitKind.CONCEPT_READER]
 
 
 @pytest.mark.parametrize("placement", ["linear", "folded"])
@@ -188,7 +189,7 @@ def test_more_concepts_make_the_backbone_heavier() -> None:
     shares = []
     for ratio in (8.0, 4.0, 1.0):
         units = model_units(model, SEQ_LEN, ratio)
-        backbone = sum(unit.flops for unit in units if unit.name.startswith("backbone"))
+        backbone = sum(unit.flops for unit in units if unit.kind is UnitKind.BACKBONE)
         shares.append(backbone / sum(unit.flops for unit in units))
     assert shares == sorted(shares)
     assert shares[-1] > 2 * shares[0]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +15,13 @@ import torch
 import torch.distributed as dist
 
 from megadlcm.config import RunConfig, load_config
+from megadlcm.config.anatomy import Stream, UnitId, UnitKind, unit_ids
 from megadlcm.model.units import run_units, start_flow
 from megadlcm.parallel.partition import build_stage_model, make_partition
 from megadlcm.parallel.process_group import join_process_group
-from megadlcm.plan.stages import model_units
-from megadlcm.plan.traffic import (
-    counts_first,
-    data_bytes,
-    pipeline_edges,
-    sent_by_stage,
-    tensor_bytes,
-)
+from megadlcm.plan.edges import Content, Edge, Number, edge_bytes, model_edges
+from megadlcm.plan.stages import chunk_of
+from megadlcm.plan.traffic import counts_first, data_bytes, sent_by_stage, tensor_bytes
 from tests.support.distributed import run_distributed
 from tests.support.memory_probe import probe_batch, probe_model
 from tests.support.parity import NUM_STEPS, Layout, Trace, parity_run, trace, write_uneven
@@ -31,6 +29,7 @@ from tests.support.tiny_runs import write_corpus
 
 LENGTHS = [64, 7, 41]
 SIZE = 2
+ON_CONCEPTS = (UnitKind.SEGMENTATION, UnitKind.BACKBONE, UnitKind.CONCEPT_READER)
 
 
 @contextlib.contextmanager
@@ -58,12 +57,12 @@ def counted() -> Iterator[list[float]]:
         yield sent
 
 
-def sent_by_units(config: RunConfig) -> tuple[dict[str, float], int]:
+def sent_by_units(config: RunConfig) -> tuple[dict[UnitId, float], int]:
     """Bytes of forward and backward pass of each unit alone; and the concepts."""
     model = build_stage_model(config, join_process_group(config.parallel))
     model, batch = probe_model(config, model), probe_batch(config, LENGTHS)
     flow, sent, num_concepts = start_flow(model, batch), {}, 0
-    for unit in model_units(config.model, config.data.seq_len):
+    for unit in unit_ids(config.model):
         leaves = []
         for name in ("states", "hidden_TD"):
             tensor = getattr(flow, name)
@@ -71,23 +70,23 @@ def sent_by_units(config: RunConfig) -> tuple[dict[str, float], int]:
                 leaves.append(tensor.detach().requires_grad_())
                 setattr(flow, name, leaves[-1])
         with counted() as bytes_of_unit:
-            run_units(model, [unit.name], flow)
+            run_units(model, [unit], flow)
             results = [flow.states, flow.hidden_TD]
-            if unit.name == "lm_head":
+            if unit.kind is UnitKind.LM_HEAD:
                 results = [flow.output.token_losses(batch.tokens_T)]
             roots = [r for r in results if r is not None and r.grad_fn is not None]
             torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
-        sent[unit.name] = bytes_of_unit[0]
+        sent[unit] = bytes_of_unit[0]
         num_concepts = flow.layout.num_concepts if flow.layout else 0
     return sent, num_concepts
 
 
-def all_sent_by_units(configs: list[RunConfig]) -> list[tuple[dict[str, float], int]]:
+def all_sent_by_units(configs: list[RunConfig]) -> list[tuple[dict[UnitId, float], int]]:
     return [sent_by_units(config) for config in configs]
 
 
 def test_layers_send_what_the_formula_says(run_file: Path) -> None:
-    """Every kind of unit, all kinds of recomputation, whole and cut rows."""
+    """Every kind of unit, all kinds of recomputation, whole rows and shards."""
     configs = [
         load_config(
             run_file,
@@ -112,51 +111,131 @@ def test_layers_send_what_the_formula_says(run_file: Path) -> None:
         assert sum(sent.values()) > 0
         for unit, found in sent.items():
             rows = num_concepts
-            if config.parallel.sequence_parallel and unit.startswith(
-                ("backbone", "concept", "seg")
-            ):
-                rows += rows % SIZE  # filled up to equal parts
-            expected = tensor_bytes(config, unit, sum(LENGTHS), rows)
+            if config.parallel.sequence_parallel and unit.kind in ON_CONCEPTS:
+                rows += rows % SIZE  # filled up to equal shards
+            expected = tensor_bytes(config, unit.kind, sum(LENGTHS), rows)
             width = max(config.model.d_concept, config.model.d_token)
-            assert expected == pytest.approx(found, abs=8 * width), (unit, config.parallel)
+            assert expected == pytest.approx(found, abs=8 * width), (unit.name, config.parallel)
 
 
 def all_traces(configs: list[RunConfig]) -> list[Trace]:
     return [trace(config) for config in configs]
 
 
-@pytest.mark.slow
-def test_stages_send_what_the_formula_says(tmp_path: Path) -> None:
-    """Real steps on two stages, with concept counts that differ from micro-batch to micro-batch.
+def planned_messages(
+    config: RunConfig, edges: Sequence[Edge], rows: Sequence[tuple[int, int]]
+) -> Counter[str]:
+    """Bytes by message of steps whose micro-batches had these tokens and concepts, by the plan."""
+    chunks, parallel = make_partition(config).chunks, config.parallel
+    counted = chunk_of(chunks, UnitKind.SEGMENTATION)
+    assert counted is not None and counts_first(config, len(rows) // NUM_STEPS)
+    planned: Counter[str] = Counter()
+    for edge, row in itertools.product(edges, rows):
+        if chunks[edge.source].stage == chunks[edge.target].stage:
+            continue
+        size = parallel.tensor_parallel_size if edge.is_sharded else 1
+        filled = [number + -number % size for number in row]  # up to equal shards
+        num_bytes = edge_bytes(config, edge, *map(float, filled))
+        times = 2 if edge.target <= counted else 1  # once more in the pass that counts boundaries
+        planned[f"{edge.source}->{edge.target} {edge.content}"] += int(times * num_bytes)
+        if edge.has_gradient:
+            planned[f"{edge.target}->{edge.source} gradient of {edge.content}"] += int(num_bytes)
+    return planned
 
-    The bytes are linear in tokens and concepts, so that their sums over the steps decide.
+
+def check_messages(config: RunConfig, ranks: Sequence[Trace], edges: Sequence[Edge]) -> None:
+    """Every message of every process is planned, to the byte, and every planned one is sent."""
+    # decisions are the same in both passes, so that each micro-batch is there twice
+    holder = next(rank for rank in ranks if rank.concepts)
+    rows = sorted(zip(holder.tokens, holder.concepts, strict=True))[::2]
+    assert 0.9 < sum(tokens for tokens, _ in rows) / (NUM_STEPS * config.step_tokens) <= 1
+    planned, chunks = planned_messages(config, edges, rows), make_partition(config).chunks
+    stage_of = {str(chunk.index): chunk.stage for chunk in chunks}
+    num_stages, size = config.parallel.pipeline_parallel_size, config.parallel.tensor_parallel_size
+    assert len(ranks) == num_stages * size
+    for stage in range(num_stages):
+        own = {k: n for k, n in planned.items() if stage_of[k.partition("->")[0]] == stage}
+        for rank in ranks[stage * size : (stage + 1) * size]:
+            assert rank.sent == own != {}
+    if not config.parallel.sequence_parallel:  # the bytes are linear in tokens and concepts
+        tokens, concepts = (float(sum(numbers)) for numbers in zip(*rows, strict=True))
+        sent = sent_by_stage(config, chunks, edges, tokens, concepts, counts=True)
+        assert sent == [sum(rank.sent.values()) for rank in ranks[::size]]
+
+
+def edges_of(config: RunConfig) -> list[Edge]:
+    chunks = make_partition(config).chunks
+    return list(model_edges(config.model, chunks, config.parallel.sequence_parallel))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_stages_send_what_the_plan_says(tmp_path: Path, world_size: int) -> None:
+    """Real steps, with concept counts that differ from micro-batch to micro-batch.
+
+    And each edge that is listed wrongly, or not at all, is found.
     """
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     write_corpus(corpus)
     write_uneven(corpus)
-    layouts = [Layout(pipeline=2), Layout(pipeline=2, placement="folded", micro=2)]
-    models: list[dict[str, Any]] = [{}, {}, {"boundary_mode": "ema_ste"}]
+    ema_ste = {"boundary_mode": "ema_ste"}
+    runs: list[tuple[Layout, dict[str, Any]]] = {
+        2: [
+            (Layout(pipeline=2), {}),
+            (Layout(pipeline=2, placement="folded", micro=2), {}),
+            (Layout(pipeline=2), ema_ste),
+        ],
+        4: [
+            (Layout(2, 2), {}),
+            (Layout(2, 2, sequence=True), {}),
+            (Layout(2, 2, sequence=True, placement="folded", micro=2), ema_ste),
+            (Layout(pipeline=4), ema_ste),
+        ],
+    }[world_size]
     configs = [
-        parity_run(corpus, tmp_path / "run", layout, **model)
-        for layout, model in zip([*layouts, layouts[0]], models, strict=True)
+        parity_run(corpus, tmp_path / "run", layout, **model | {"backbone_layers": 3})
+        for layout, model in runs
     ]
-    for config, *ranks in zip(configs, *run_distributed(all_traces, SIZE, configs), strict=True):
-        chunks = make_partition(config).chunks
-        micro_batches = config.training.gradient_accumulation_steps(1)
-        num_concepts = max(sum(rank.concepts) for rank in ranks)
-        decisions = [n for r in ranks for key, n in r.sent.items() if key.endswith("decisions")]
-        num_tokens = max(decisions)  # a byte each; packing leaves some places free
-        assert 0.9 < num_tokens / (NUM_STEPS * config.step_tokens) <= 1
-        assert counts_first(config, micro_batches)
-        num_concepts //= 2  # counted in the pass that counts as well
-        edges = pipeline_edges(config, chunks, num_tokens, num_concepts)
-        sent = sent_by_stage(edges, SIZE)
-        before = next(c.index for c in chunks if "segmentation" in c.names)
-        for edge in edges[:before]:
-            sent[edge.source] += edge.forward
-        for stage, found in enumerate(ranks):
-            assert sent[stage] == sum(found.sent.values()) > 0
+    ranks = run_distributed(all_traces, world_size, configs, timeout_seconds=600)
+    found = set()
+    for config, *traces in zip(configs, *ranks, strict=True):
+        edges = edges_of(config)
+        check_messages(config, traces, edges)
+        for edge, wrong in wrong_lists(config, edges):
+            with pytest.raises(AssertionError):
+                check_messages(config, traces, wrong)
+            found.add((edge.content, edge.rows))
+    hidden = {(Content.HIDDEN, Stream.TOKENS), (Content.CONFIDENCE, Stream.TOKENS)}
+    assert found >= hidden | {(Content.STATES, stream) for stream in Stream}
+
+
+def wrong_lists(config: RunConfig, edges: list[Edge]) -> Iterator[tuple[Edge, list[Edge]]]:
+    """Lists with one mistake in an edge that crosses between stages."""
+    chunks = make_partition(config).chunks
+    for index, edge in enumerate(edges):
+        if chunks[edge.source].stage == chunks[edge.target].stage:
+            continue
+        for mistake in (
+            [],
+            [edge, edge],
+            [dataclasses.replace(edge, width=edge.width + 1)],
+            [dataclasses.replace(edge, has_gradient=not edge.has_gradient)],
+            [dataclasses.replace(edge, number=_OTHER_NUMBER[edge.number])],
+            [dataclasses.replace(edge, rows=_OTHER_ROWS[edge.rows])],
+            [dataclasses.replace(edge, is_sharded=not edge.is_sharded)]
+            if config.parallel.tensor_parallel_size > 1
+            else [],
+        ):
+            yield edge, [*edges[:index], *mistake, *edges[index + 1 :]]
+
+
+_OTHER_NUMBER = {
+    Number.DECISION: Number.SCORE,
+    Number.SCORE: Number.DECISION,
+    Number.STATE: Number.DECISION,
+}
+_OTHER_ROWS = {Stream.TOKENS: Stream.CONCEPTS, Stream.CONCEPTS: Stream.TOKENS}
 
 
 def test_zero_sends_more_the_more_it_shares(run_file: Path) -> None:

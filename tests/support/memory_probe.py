@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megadlcm.config import RunConfig
+from megadlcm.config.anatomy import UnitId, UnitKind, unit_ids
 from megadlcm.model import LanguageModel, build_model
 from megadlcm.model.units import Flow, MicroBatch, run_units, start_flow
-from megadlcm.plan.stages import model_units
 
 
 class LiveTensors(TorchDispatchMode):
@@ -58,7 +58,7 @@ class LiveTensors(TorchDispatchMode):
 class Measured:
     """What one micro-batch kept."""
 
-    units: dict[str, int]
+    units: dict[UnitId, int]
     """Bytes that each unit keeps, with its input and without its output."""
     num_concepts: int
     """Concepts, 0 for the dense model."""
@@ -87,18 +87,18 @@ def measure_units(
 ) -> Measured:
     """Runs 1, 2, ... units and takes the differences of what is alive afterwards."""
     model, batch = probe_model(config, model), probe_batch(config, lengths)
-    names = [unit.name for unit in model_units(config.model, config.data.seq_len)]
+    units = unit_ids(config.model)
     kept, before, num_concepts = {}, 0, 0
-    for count, name in enumerate(names, start=1):
+    for count, unit in enumerate(units, start=1):
         live = LiveTensors(list(model.parameters()))
         with live:
-            flow, loss = _forward(model, batch, names[:count])
+            flow, loss = _forward(model, batch, units[:count])
         assert flow.states is not None
         root = (flow.states.grad_fn, loss)
         flow.states = None
         gc.collect()
         num_bytes = _settled(live)
-        kept[name], before = num_bytes - before, num_bytes
+        kept[unit], before = num_bytes - before, num_bytes
         num_concepts = flow.layout.num_concepts if flow.layout else 0
         del root
     return Measured(kept, num_concepts, sum(lengths))
@@ -108,13 +108,13 @@ def measure_peak(config: RunConfig, lengths: Sequence[int]) -> tuple[int, int]:
     """Most bytes in use in a forward and a backward pass, apart from weights and their gradients;
     and the concepts."""
     model, batch = probe_model(config), probe_batch(config, lengths)
-    names = [unit.name for unit in model_units(config.model, config.data.seq_len)]
+    units = unit_ids(config.model)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     live = LiveTensors([*model.parameters(), *gradients], follows_peak=True)
     with live:
-        flow, loss = _forward(model, batch, names)
+        flow, loss = _forward(model, batch, units)
         assert loss is not None
         if flow.boundary is not None and flow.boundary.prob_T.requires_grad:
             loss = loss + flow.boundary.prob_T.sum()
@@ -123,11 +123,11 @@ def measure_peak(config: RunConfig, lengths: Sequence[int]) -> tuple[int, int]:
 
 
 def _forward(
-    model: LanguageModel, batch: MicroBatch, names: Sequence[str]
+    model: LanguageModel, batch: MicroBatch, units: Sequence[UnitId]
 ) -> tuple[Flow, Tensor | None]:
     flow = start_flow(model, batch)
-    run_units(model, names, flow)
-    if names[-1] != "lm_head":
+    run_units(model, units, flow)
+    if units[-1].kind is not UnitKind.LM_HEAD:
         return flow, None
     return flow, flow.output.token_losses(batch.tokens_T).sum()
 

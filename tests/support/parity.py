@@ -25,6 +25,7 @@ from megadlcm.engine import masters as tensors
 from megadlcm.engine.engine import TrainingEngine
 from megadlcm.engine.state import TrainState
 from megadlcm.engine.step import TrainStep, global_batch_digest
+from megadlcm.model.chunking import BoundaryOutput
 from megadlcm.training.replica_loader import open_loader
 from tests.support.layouts import no_parameter_is_too_small_to_be_partitioned
 from tests.support.tiny_runs import random_text, tiny_engine, tiny_run
@@ -72,6 +73,8 @@ class Trace:
     model: dict[str, Tensor] = field(default_factory=dict)
     concepts: list[int] = field(default_factory=list)
     """Concepts of each micro-batch that this process segmented."""
+    tokens: list[int] = field(default_factory=list)
+    """Its tokens."""
     sent: dict[str, int] = field(default_factory=dict)
 
 
@@ -175,9 +178,12 @@ def _spies(engine: TrainingEngine, result: Trace) -> Iterator[None]:
         patch.setattr(TrainingEngine, "clip_gradients", keep)
         detector = getattr(engine.model, "boundary_detector", None)
         if detector is not None:
-            detector.register_forward_hook(
-                lambda _module, _inputs, output: result.concepts.append(int(output.mask_T.sum()))
-            )
+
+            def count(_module: Any, _inputs: Any, output: BoundaryOutput) -> None:
+                result.concepts.append(int(output.mask_T.sum()))
+                result.tokens.append(output.mask_T.numel())
+
+            detector.register_forward_hook(count)
         yield
 
 
@@ -185,7 +191,7 @@ def read_gradients(engine: TrainingEngine) -> dict[str, Tensor]:
     """Whole gradients by name, on rank 0."""
     own = dict(engine.model.named_parameters())
     found = {}
-    for name, part in engine.partition.parts.items():
+    for name, part in engine.partition.specs.items():
         if not part.is_parameter:
             continue
         value = None

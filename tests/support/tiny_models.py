@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megadlcm.config import ModelConfig, MupConfig
 from megadlcm.model import DLCM, build_model
-from megadlcm.model.chunking import BoundaryOutput
+from megadlcm.model.chunking import DetectorOutput
 from megadlcm.ops.boundary import BoundarySampling
 from megadlcm.ops.packing import Packing
 
@@ -133,7 +133,7 @@ def force_boundaries(model: DLCM, decide: Callable[[Tensor], Tensor]) -> None:
     """Replaces the detector's decision by a function of the position inside the document."""
     original = model.boundary_detector.forward
 
-    def forward(hidden_TD: Tensor, packing: Packing, sampling: BoundarySampling) -> BoundaryOutput:
+    def forward(hidden_TD: Tensor, packing: Packing, sampling: BoundarySampling) -> DetectorOutput:
         output = original(hidden_TD, packing, sampling)
         mask_T = decide(packing.position) | (packing.position == 0)
         return dataclasses.replace(output, mask_T=mask_T, threshold_mask_T=mask_T)
