@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from data_pipeline.tables import render_table
+from megadlcm.config.constants import GIB
 from megadlcm.plan.report import Plan
 from megadlcm.plan.search import Ranking
-
-_GIB = 2.0**30
 
 
 def render_plan(plan: Plan) -> str:
@@ -21,8 +20,8 @@ def render_ranking(ranking: Ranking, count: int) -> str:
         (
             f"{layout.step_seconds:.3f}",
             f"{layout.utilization:.1%}",
-            f"{layout.plan.memory.total / _GIB:.1f}",
-            f"{layout.plan.worst_bytes / _GIB:.1f}",
+            f"{layout.plan.memory.total / GIB:.1f}",
+            f"{layout.plan.worst_bytes / GIB:.1f}",
             f"{layout.plan.bubble:.1%}",
             f"{layout.plan.imbalance:.3f}",
             layout.description,
@@ -61,16 +60,16 @@ def _layout_lines(plan: Plan) -> str:
         )
     traffic = layout.traffic
     lines.append(
-        f"GiB sent by a process in a step: {traffic.tensor / _GIB:.3f} inside layers, "
-        f"{traffic.pipeline / _GIB:.3f} between stages, {traffic.data / _GIB:.3f} between replicas"
+        f"GiB sent by a process in a step: {traffic.tensor / GIB:.3f} inside layers, "
+        f"{traffic.pipeline / GIB:.3f} between stages, {traffic.data / GIB:.3f} between replicas"
     )
     if len(layout.stages) > 1:
         folded = traffic.pipeline_folded
         lines.append(
-            f"GiB between all stages of a replica: {traffic.pipeline_total / _GIB:.3f}; linear "
-            f"{traffic.pipeline_straight / _GIB:.3f}, with token states riding along "
-            f"{traffic.pipeline_riding / _GIB:.3f}, folded "
-            + ("not possible" if folded is None else f"{folded / _GIB:.3f}")
+            f"GiB between all stages of a replica: {traffic.pipeline_total / GIB:.3f}; linear "
+            f"{traffic.pipeline_straight / GIB:.3f}, with token states riding along "
+            f"{traffic.pipeline_riding / GIB:.3f}, folded "
+            + ("not possible" if folded is None else f"{folded / GIB:.3f}")
         )
     return "\n".join(lines)
 
@@ -83,8 +82,8 @@ def _stage_table(plan: Plan) -> str:
             f"{stage.flops_share:.1%}",
             f"{stage.parameters:,}",
             " + ".join(map(str, stage.in_flight)),
-            f"{stage.memory.total / _GIB:.2f}",
-            f"{stage.memory.total_worst / _GIB:.2f}",
+            f"{stage.memory.total / GIB:.2f}",
+            f"{stage.memory.total_worst / GIB:.2f}",
             ", ".join(stage.units),
         )
         for stage in plan.layout.stages
@@ -104,7 +103,7 @@ def _memory_table(plan: Plan) -> str:
         ("total, every token a concept", plan.layout.worst_bytes),
     )
     header = ("memory of the fullest process", "GiB")
-    return render_table(header, [(name, f"{size / _GIB:.2f}") for name, size in rows])
+    return render_table(header, [(name, f"{size / GIB:.2f}") for name, size in rows])
 
 
 def _time_table(plan: Plan) -> str:

@@ -32,6 +32,7 @@ from torch.optim import Optimizer
 
 from data_pipeline.errors import InputError
 from megadlcm.config import RunConfig
+from megadlcm.config.constants import BUCKET_ELEMENTS
 from megadlcm.engine.mpu import ModelParallelUnit
 from megadlcm.engine.objective import Objective, TrainingForward
 from megadlcm.engine.optimizer import build_optimizer
@@ -48,8 +49,6 @@ logger = logging.getLogger(__name__)
 OLDEST_DEEPSPEED = (0, 19, 8)
 FIRST_UNKNOWN_DEEPSPEED = (0, 20)
 _NORM_PIECE = 1 << 14
-BUCKET_ELEMENTS = 50_000_000
-"""Elements that are communicated at once; DeepSpeed's default would allocate 2 GB for them."""
 
 
 def deepspeed_dictionary(config: RunConfig, data_parallel_size: int) -> dict[str, Any]:

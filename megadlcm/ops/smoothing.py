@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megadlcm.config.constants import SMOOTHING_CHUNK as _CHUNK
 from megadlcm.ops.packing import Packing
 
-_CHUNK = 64
 MIN_WEIGHT = 1e-4
 
 

@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "megadlcm.config": ("data_pipeline.config", "data_pipeline.errors"),
     "megadlcm.plan": _CONFIG,
     "megadlcm.run_folder": _RUN_FOLDER,
-    "megadlcm.ops": (),
+    "megadlcm.ops": ("megadlcm.config.constants",),  # numbers that plans count with
     "megadlcm.model": _MODEL,
     "megadlcm.parallel": _PARALLEL,
     "megadlcm.engine": _ENGINE,
