@@ -28,6 +28,8 @@ from megadlcm.config.model import ModelConfig
 class Stream(Enum):
     """What each row of a tensor of states stands for."""
 
+    # rows of concepts are fewer by the realised ratio, which differs from batch to batch
+
     TOKENS = "tokens"
     CONCEPTS = "concepts"
 

@@ -50,6 +50,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         InputError: the file is missing or no YAML, or a key or value is not valid.
     """
     tree = _read_file(Path(path))
+    # all are parsed before one is applied: which lengths are given decides what is dropped
     values = [_parse_override(override) for override in overrides]
     _drop_replaced_length(tree, dict(values))
     for key, value in values:
@@ -80,6 +81,7 @@ def config_from_dict(tree: Mapping[str, Any]) -> RunConfig:
         InputError: a key or value is not valid.
     """
     config = _decode_section(RunConfig, tree, "")
+    # resolved here, so that the saved config says what was drawn
     if config.data.seed is None:
         data = dataclasses.replace(config.data, seed=config.seed)
         config = dataclasses.replace(config, data=data)
@@ -100,6 +102,7 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 def dump_config(config: RunConfig) -> str:
     """Spells a run as YAML that `load_config` reads back unchanged."""
+    # in the order of the fields, as people read it
     return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
 
 
@@ -188,7 +191,7 @@ def _parse_override(override: str) -> tuple[str, Any]:
 def _apply_override(tree: dict[str, Any], key: str, value: Any) -> None:
     *sections, last = key.split(".")
     for depth, section in enumerate(sections):
-        if tree.get(section) is None:
+        if tree.get(section) is None:  # also a section that the file leaves empty
             tree[section] = {}
         tree = tree[section]
         if not isinstance(tree, dict):
@@ -224,6 +227,7 @@ def _decode(hint: Any, value: Any, key: str) -> Any:
     if typing.get_origin(hint) in (Union, types.UnionType):
         if value is None:
             return None
+        # only optional types are used: None and one other
         (hint,) = (argument for argument in arguments if argument is not type(None))
         return _decode(hint, value, key)
     if dataclasses.is_dataclass(hint):
@@ -275,6 +279,7 @@ def _decode_float(value: Any, key: str) -> float:
 
 def _number(value: Any) -> Decimal | None:
     """The number that a value is or spells, exactly; None where it is none or not finite."""
+    # a bool is an int to Python, and `seed: true` would be seed 1
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -308,6 +313,7 @@ def _describe(hint: Any) -> str:
 
 
 def _wrong(key: str, value: Any, rule: str, way_out: str) -> InputError:
+    # as JSON: text in quotes shows blanks, and null, true and numbers look as in the file
     shown = json.dumps(value, default=str, ensure_ascii=False)
     return InputError(f"{key or 'config'} = {_short(shown)}, must be {rule}; {way_out}", key=key)
 
@@ -316,6 +322,7 @@ def _unknown(key: str, siblings: list[str], prefix: str) -> InputError:
     """Names the nearest key of the same section, or the same name in another section."""
     leaf, shown = key.rpartition(".")[2], _short(key)
     nearest = [_join(prefix, name) for name in difflib.get_close_matches(leaf, siblings, n=1)]
+    # the right name in the wrong section is the commonest mistake that spelling cannot find
     same_name = [name for name in config_keys() if name.rpartition(".")[2] == leaf]
     for candidates in (nearest, same_name):
         if candidates:

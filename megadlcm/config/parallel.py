@@ -34,7 +34,7 @@ class ParallelConfig:
     `selective` keeps what matrix products and attention made and computes only the rest again."""
 
     pipeline_placement: PipelinePlacement = "linear"
-    """`linear` gives each stage one piece of the model; `folded` gives it two, so that encoder and
+    """`linear` gives each stage one chunk of the model; `folded` gives it two, so that encoder and
     decoder meet on the same stages."""
 
     collective_timeout_seconds: float = 600.0
@@ -44,12 +44,12 @@ class ParallelConfig:
     """Whether tensor parallel processes compare their boundary decisions bit by bit."""
 
     def __post_init__(self) -> None:
-        """Checks the ranges; raises InputError."""
         require_at_least("parallel", self, 1, "tensor_parallel_size", "pipeline_parallel_size")
         require_choice("parallel", self, "zero_stage", (0, 1, 2, 3))
         require_choice("parallel", self, "recompute", get_args(Recompute))
         require_choice("parallel", self, "pipeline_placement", get_args(PipelinePlacement))
         require_positive("parallel", self, "collective_timeout_seconds")
+        # DeepSpeed shares gradients out per micro-batch, while a pipeline has several in flight
         if self.pipeline_parallel_size > 1 and self.zero_stage > 1:
             raise InputError(
                 f"parallel.zero_stage = {self.zero_stage}, must be 0 or 1 with "
@@ -103,6 +103,7 @@ def check_split(model: ModelConfig, parallel: ParallelConfig) -> None:
     Raises:
         InputError: heads, widths or vocabulary do not divide.
     """
+    # heads and not widths: a head is computed by one process, and rotary pairs stay together
     keys = ["vocab_size", "token_heads", "token_kv_heads", "token_ffn_size"]
     if model.architecture == "dlcm":
         keys += ["concept_heads", "concept_kv_heads", "concept_ffn_size"]

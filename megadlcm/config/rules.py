@@ -22,6 +22,7 @@ def require_at_least(section: str, config: Any, minimum: float, *keys: str) -> N
     """
     for key in keys:
         value = getattr(config, key)
+        # `not (>=)`, because a NaN compares false with everything
         if value is not None and not (math.isfinite(value) and value >= minimum):
             dotted = _dotted(section, key)
             raise InputError(

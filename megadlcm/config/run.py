@@ -65,11 +65,12 @@ class RunConfig:
     """What the run writes about itself."""
 
     def __post_init__(self) -> None:
-        """Checks what no section can check alone; raises InputError."""
         require_at_least("", self, 0, "seed")
+        # an empty output_dir would be the current folder, and its checkpoints those of another run
         for key in ("name", "output_dir"):
             if not getattr(self, key):
                 raise InputError(f"{key} is empty; give the run a {key}", key=key)
+        # at stage 0 DeepSpeed steps the weights themselves, and bf16 loses most of a small update
         if self.training.precision == "bf16" and self.parallel.zero_stage == 0:
             raise InputError(
                 "training.precision = bf16 with parallel.zero_stage = 0 would keep no fp32 master "

@@ -78,6 +78,7 @@ class Flow:
 def start_flow(model: LanguageModel, batch: MicroBatch) -> Flow:
     """Describes a micro-batch before its first unit."""
     packing = packing_from_offsets(batch.cu_seqlens, batch.tokens_T.numel())
+    # as in `forward`: a document is segmented alike alone and packed
     sampling = batch.sampling or BoundarySampling(seed=0, step=0, token_index_T=packing.position)
     return Flow(batch.tokens_T, packing, sampling, model.backend())
 
@@ -119,7 +120,7 @@ def _run_blocks(model: LanguageModel, kind: UnitKind, blocks: list[int], flow: F
     packing = flow.packing
     if kind.stream is Stream.CONCEPTS:
         assert flow.layout is not None
-        packing = flow.layout.packing
+        packing = flow.layout.packing  # concepts have places and documents of their own
     flow.states = getattr(model, kind.label).run(flow.states, packing, flow.backend, blocks)
 
 

@@ -63,6 +63,7 @@ def take_from(flow: Flow, content: Content) -> Tensor:
     elif boundary is None:
         tensor = None
     elif content is Content.DECISIONS:
+        # both in one byte: half as many messages, and they always belong together
         evaluated_T = boundary.threshold_mask_T.to(torch.uint8)
         tensor = boundary.mask_T.to(torch.uint8) | evaluated_T.mul(2)
     else:
@@ -109,6 +110,8 @@ class Traffic:
 class Root(torch.autograd.Function):
     """A zero whose backward pass starts at several tensors at once, with given gradients."""
 
+    # `torch.autograd.backward` could start there too, but DeepSpeed wants one scalar to begin with
+
     @staticmethod
     def forward(ctx: Any, gradients: list[Tensor], *outputs: Tensor) -> Tensor:
         ctx.gradients = gradients
@@ -116,5 +119,6 @@ class Root(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        # let go at once: the context lives until the whole backward pass of the chunk is over
         gradients, ctx.gradients = ctx.gradients, None
         return None, *gradients

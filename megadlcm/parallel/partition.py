@@ -136,12 +136,13 @@ def make_partition(config: RunConfig) -> Partition:
         dimension = shard_dimension(name) if parallel.tensor_parallel_size > 1 else None
         specs[name] = ShardSpec(name, parameter.shape, _owner(name, owners), dimension)
     for name, buffer in model.named_buffers():
-        if name in model.state_dict():
+        if name in model.state_dict():  # others are made anew by every process
             specs[name] = ShardSpec(name, buffer.shape, _owner(name, owners), None, False)
     return Partition(chunks, specs)
 
 
 def _owner(name: str, owners: dict[str, int]) -> int:
+    # unpacking demands one: a parameter that no unit names, or two do, is a mistake of the plan
     (stage,) = {stage for prefix, stage in owners.items() if name.startswith(prefix + ".")}
     return stage
 
@@ -164,6 +165,7 @@ def build_stage_model(
         The model without the modules of other stages, with its own shards of the rest.
     """
     partition = partition or make_partition(config)
+    # on meta: the whole model would not fit where only a stage of it does
     model = build_model(config.model, config.mup, device="meta")
     own = {name for name, spec in partition.specs.items() if spec.stage == mesh.pipeline_rank}
     _take_away(model, own)
@@ -191,6 +193,7 @@ def _take_away(model: LanguageModel, own: set[str]) -> None:
     # outer modules come first, and what lies below one that is gone went with it
     for name, module in list(model.named_modules()):
         held = {f"{name}.{key}" for key in module.state_dict()}
+        # an empty ModuleDict stays: blocks are looked up in it by their index in the whole model
         if not name or not held or held & own or isinstance(module, nn.ModuleDict):
             continue
         if any(name.startswith(f"{prefix}.") for prefix in gone):
@@ -228,6 +231,7 @@ def _initialize(
     rules = parameter_table(model, config.model, config.mup)
     for name, parameter in model.named_parameters():
         spec = partition.specs[name]
+        # as a whole, one after the other: its draw must not depend on the layout
         whole = initial_value(name, spec.shape, rules[name], config.seed)
         rank, size = mesh.tensor_parallel_rank, mesh.tensor_parallel_size
         parameter.copy_(shard(whole, spec.dimension, rank, size))

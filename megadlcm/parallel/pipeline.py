@@ -214,11 +214,13 @@ class Pipeline:
 
     def _send(self, message: Message, tensor: Tensor) -> None:
         target = self.chunks[message.target].stage
+        # detached even within a stage: each chunk has a backward pass of its own
         tensor = tensor.detach().contiguous()
         if target == self.stage:
             self._mailbox[message] = tensor
             return
         self.traffic.add(message, tensor)
+        # a tensor must live until it has left; what has may go
         self._sending = [(work, sent) for work, sent in self._sending if not work.is_completed()]
         group = self.mesh.pipeline_group(self.stage, target)
         with doing(f"pipeline send to stage {target}: {message.name}"):

@@ -50,6 +50,7 @@ def bring_to_first_stage(
     group = mesh.pipeline_group(spec.stage, 0) if mesh.pipeline_rank in (0, spec.stage) else None
     if mesh.pipeline_rank == spec.stage:
         assert whole is not None
+        # fp32 on the wire: the receiver knows the shape, and not what this stage computes in
         with doing(f"pipeline send of {spec.name}"):
             dist.send(whole.float().contiguous(), mesh.rank_of_stage(0), group=group)
         return None

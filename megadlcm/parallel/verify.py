@@ -80,11 +80,13 @@ def verify_layout(config: RunConfig, world_size: int) -> Verified:
             "--verify needs a process of its own, this one already joined a run", key="--verify"
         )
     partition, parallel = make_partition(config), config.parallel
+    # what the model is, known from the model itself and not from the plan that is compared
     shapes = _whole_shapes(config)
     replicas, result = parallel.data_parallel_size(world_size), Verified()
     shards: dict[str, list[tuple[int, int, torch.Size]]] = {name: [] for name in shapes}
     for stage in range(parallel.pipeline_parallel_size):
         for tensor_rank in range(parallel.tensor_parallel_size):
+            # the first replica: its tensor parallel ranks are neighbours, its stages far apart
             rank = stage * replicas * parallel.tensor_parallel_size + tensor_rank
             with _playing(config, rank, world_size) as mesh:
                 _check((mesh.pipeline_rank, mesh.tensor_parallel_rank), (stage, tensor_rank), rank)
@@ -134,6 +136,7 @@ def _check_process(
         names = [name for name in left if _belongs(name, unit)]
         whole = whole_parameters(config.model, unit.kind)
         expected = whole + (unit.parameters - whole) // config.parallel.tensor_parallel_size
+        # popped, so that a parameter which two units claim is missing in the second
         found = sum(left.pop(name).numel() for name in names)
         _check(found, expected, rank, f"parameters of {unit.name}")
     _check(sorted(left), [], rank, "parameters of other stages")
@@ -155,6 +158,7 @@ def _check_shards(
     if len(stages) != 1 or len(shards) != size:
         raise MismatchError(f"{name} is held by stages {sorted(stages)}, must be by one, {size}x")
     for _, rank, found in shards:
+        # equal shards only: DeepSpeed and checkpoints know no others
         differing = [dim for dim in range(len(shape)) if found[dim] != shape[dim]]
         if found != shards[0][2] or len(differing) > 1:
             raise MismatchError(f"rank {rank}: {name} is {tuple(found)}, whole {tuple(shape)}")

@@ -36,9 +36,11 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
         kv = config.token_kv_heads * config.token_head_size
         counts["encoder"] = _stack_parameters(config, config.encoder_layers)
         counts["boundary_detector"] = _detector_matrices(config)
+        # what a document's first tokens see before any concept is complete
         null_concept = c if config.segment_align == "start_shift" else 0
         counts["concept_pool"] = c * d + null_concept
         counts["backbone"] = _backbone_parameters(config)
+        # of tokens and concepts, and of one query and one key head, which all heads share
         norms = d + c + 2 * config.token_head_size
         counts["concept_reader"] = 2 * d * d + 2 * c * kv + norms
         counts["decoder"] = _stack_parameters(config, config.decoder_layers)
@@ -58,6 +60,7 @@ def matmul_parameters_per_token(
     Returns:
         Matrix elements by part, and their `total`.
     """
+    # the dense model reads no ratio: nothing of it runs on concepts
     ratio = tokens_per_concept or config.target_tokens_per_concept
     d, c = config.d_token, config.d_concept
     block = _block_matrices(
@@ -72,6 +75,7 @@ def matmul_parameters_per_token(
         parts["boundary_detector"] = _detector_matrices(config)
         parts["concept_pool"] = c * d / ratio
         parts["backbone"] = config.backbone_layers * _concept_block_matrices(config) / ratio
+        # queries and the output run on tokens, keys and values on concepts
         parts["concept_reader"] = 2 * d * d + 2 * c * kv / ratio
         parts["decoder"] = config.decoder_layers * block
     parts["lm_head"] = config.vocab_size * d
@@ -102,6 +106,7 @@ def flops_per_token(
     if config.architecture == "dense":
         parts["decoder"] += config.num_layers * token_map
     else:
+        # M rows of M keys: cheaper by R in both, of which `parts` gets the rows below
         concept_map = 2.0 * (seq_len / ratio) * config.d_concept
         parts["encoder"] += config.encoder_layers * token_map
         parts["backbone"] += config.backbone_layers * concept_map / ratio
@@ -122,6 +127,7 @@ def dense_control(config: ModelConfig) -> ModelConfig:
     Returns:
         Shape of its control.
     """
+    # at least one, as a narrow model would be rounded to none
     multiples = max(round(8 * config.d_token / 3 / _FFN_MULTIPLE), 1)
     return dataclasses.replace(
         config,

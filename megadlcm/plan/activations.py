@@ -55,6 +55,7 @@ class Arithmetic:
     def norm(self, width: float, groups: float = 1.0) -> float:
         """Bytes that a norm keeps of a row, without its output, in `groups` of `width` in all."""
         kept = self.element if self.fused else 2 * FP32_BYTES
+        # a scale in fp32 for each group
         return kept * width + FP32_BYTES * groups
 
 
@@ -73,6 +74,7 @@ def arithmetic_of(config: RunConfig, on_gpu: bool = True) -> Arithmetic:
     return Arithmetic(
         element=element_size(config),
         fused=on_gpu,
+        # the kernels take half precision only; in fp32 `auto` falls back to the reference
         kernels=on_gpu and half and config.model.attention_backend != "reference",
         split=size,
         rows=1.0 / size if parallel.sequence_parallel else 1.0,
@@ -210,11 +212,12 @@ def block_bytes(model: ModelConfig, how: Arithmetic, kind: UnitKind, recompute: 
     """
     d, kv, f, heads, kv_heads = stack_widths(model, kind.stream)
     w, t, r = how.element, how.split, how.rows
-    if recompute == "block":
+    if recompute == "block":  # its input, in shards with sequence parallelism
         return r * w * d
     inner = (w * (2 * d + 2 * kv + 2 * f) + FP32_BYTES * heads) / t
     if recompute == "selective":
         return w * d * (r + 2) + inner
+    # silu(gate) and the product, which `selective` makes again
     inner += w * 2 * f / t
     if model.self_attention_qk_norm:
         inner += how.norm(d + kv, heads + kv_heads) / t
@@ -275,13 +278,14 @@ def _reader(
     of_concept = (
         how.rows * how.norm(c) + how.norm(c) + w * c + rotation + how.norm(kv, kv_heads) / t
     )
-    if model.boundary_mode == "ema_ste":
+    if model.boundary_mode == "ema_ste":  # what the confidence multiplies, and the confidence
         of_token += w * d + FP32_BYTES
-    smoothing = _smoothing(model, how, num_concepts)
+    smoothing = _smoothing(model, how, num_concepts)  # in fp32, whatever the precision
     if how.kernels and model.concept_weighting == "count":
         # queries, what attention made, keys and values of each token's concept
         of_token += 2 * w * (d + kv) / t
         return num_tokens * of_token + num_concepts * of_concept + smoothing
+    # the reference adds the logarithm of the count to the scores, so it attends in fp32
     wide = FP32_BYTES if model.concept_weighting == "count" else w
     of_token += (2 * wide * d + w * d) / t
     of_concept += 2 * wide * kv / t
@@ -294,7 +298,7 @@ def _smoothing(model: ModelConfig, how: Arithmetic, num_concepts: float) -> floa
         return 0.0
     rows, c, trains_weights = num_concepts, model.d_concept, model.boundary_mode == "ema_ste"
     kept = num_concepts * (FP32_BYTES + (FP32_BYTES * (c + 1) + 1 if trains_weights else 0))
-    while True:
+    while True:  # chunks of concepts, then chunks of what enters those, ...
         num_chunks = math.ceil(rows / SMOOTHING_CHUNK)
         filled = num_chunks * SMOOTHING_CHUNK
         kept += FP32_BYTES * SMOOTHING_CHUNK * filled

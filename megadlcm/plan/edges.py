@@ -104,7 +104,7 @@ def model_edges(
                 Edge(Content.DECISIONS, source, target, number=Number.DECISION, has_gradient=False)
             )
             edges.append(Edge(Content.SCORES, source, target, has_gradient=False))
-        stream = chunk.units[-1].kind.stream
+        stream = chunk.units[-1].kind.stream  # a cut inside the backbone sends concepts
         edges.append(
             Edge(
                 Content.STATES,
@@ -121,6 +121,7 @@ def model_edges(
             hidden = Edge(Content.HIDDEN, source, reader, width=model.d_token, number=Number.STATE)
             edges.append(hidden)
             if model.boundary_mode == "ema_ste":
+                # on its own edge: scores that only tell of decisions have no gradient
                 edges.append(Edge(Content.CONFIDENCE, source, reader))
     return tuple(edges)
 
@@ -165,5 +166,6 @@ def edge_bytes(config: RunConfig, edge: Edge, num_tokens: float, num_concepts: f
     """
     sizes = {Number.DECISION: 1, Number.SCORE: FP32_BYTES, Number.STATE: element_size(config)}
     rows = rows_of(edge.rows, num_tokens, num_concepts)
+    # an odd row fills up the last shard, which an expected number of concepts cannot say
     shards = config.parallel.tensor_parallel_size if edge.is_sharded else 1
     return rows * edge.width * sizes[edge.number] / shards

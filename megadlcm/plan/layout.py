@@ -97,7 +97,7 @@ class LayoutPlan:
     pipeline_seconds: float
     """Messages between stages, as if nothing hid them."""
     data_seconds: float
-    """Sums of gradients and gathered weights, as if nothing hid them."""
+    """All-reduce of gradients and all-gather of weights, as if nothing hid them."""
 
     @property
     def step_seconds(self) -> float | None:
@@ -146,10 +146,12 @@ def plan_layout(config: RunConfig, hardware: Hardware) -> LayoutPlan:
     total = sum(chunk.flops for chunk in cut.chunks)
     stages = [_stage_plan(config, stage, cut, schedule, replicas) for stage in range(size)]
     heaviest = max(stage.flops_share for stage in stages)
+    # the work of the stages together if none ever waited, in the unit of the span
     busy = TRAINING_PASSES * total * micro_batches / size
     traffic = _traffic(config, cut, replicas, micro_batches)
     intra, inter = hardware.intra_node_gb * 1e9, hardware.inter_node_gb * 1e9
     local = max(hardware.gpus_per_node // parallel.tensor_parallel_size, 1)  # replicas of a node
+    # a group that does not fill nodes evenly has members in two of them
     within_node = hardware.gpus_per_node % parallel.tensor_parallel_size == 0
     return LayoutPlan(
         data_parallel_size=replicas,
@@ -171,6 +173,7 @@ def projected_utilization(config: RunConfig, hardware: Hardware, seconds: float)
     peak = hardware.peak_tflops or config.logging.peak_tflops
     if peak is None:
         return None
+    # repeated work is no progress: a layout that recomputes must not look better for it
     flops = flops_per_token(config.model, config.data.seq_len)["total"] * TRAINING_PASSES
     return flops * config.step_tokens / (seconds * peak * 1e12 * hardware.world_size)
 
@@ -267,6 +270,7 @@ def _span(chunks: Sequence[Chunk], micro_batches: int) -> tuple[float, Schedule]
     schedule = _schedule(chunks, min(micro_batches, _SIMULATED))
     if micro_batches <= _SIMULATED:
         return schedule.makespan, schedule
+    # the difference of two simulations is free of the ramps at both ends
     half = _SIMULATED // 2
     pace = (schedule.makespan - _schedule(chunks, half).makespan) / (_SIMULATED - half)
     return schedule.makespan + pace * (micro_batches - _SIMULATED), schedule
@@ -285,6 +289,7 @@ def _counting_span(config: RunConfig, cut: _Cut, micro_batches: int) -> float:
     """The same for the forward pass that counts boundaries: through the stages, then the pace."""
     if not counts_first(config, micro_batches):
         return 0.0
+    # forward passes only: the first micro-batch fills the stages, the slowest one sets the pace
     flops = [0.0] * config.parallel.pipeline_parallel_size
     for chunk in cut.counting:
         flops[chunk.stage] += chunk.flops
@@ -316,8 +321,9 @@ def _traffic(config: RunConfig, cut: _Cut, replicas: int, micro_batches: int) ->
     try:
         fold = _cut(config, "folded")
         folded = sum(_sent_by_stage(config, fold.chunks, fold.edges, micro_batches))
-    except InputError:  # too few units
+    except InputError:  # too few units for so many chunks; the own layout is none the worse
         folded = None
+    # the busiest process decides, which may be another one on each axis
     return Traffic(
         tensor=max(tensor) * micro_batches,
         pipeline=max(sent),

@@ -109,11 +109,13 @@ def estimate_memory(
     """
     chunks = chunks or _whole_model(config)
     stage = config.parallel.zero_stage
+    # sharded by tensor parallelism first; ZeRO then shares what is left over the replicas
     num_parameters = sum(own_parameters(config, held.chunk) for held in chunks)
 
     def held(num_bytes: float, shared_from: int) -> float:
         return num_parameters * num_bytes / (data_parallel_size if stage >= shared_from else 1)
 
+    # at stage 0 the weights are trained themselves, which is why bf16 needs stage 1
     master = FP32_BYTES if stage >= 1 else 0
     moments = _MOMENTS[config.optimizer.name] * FP32_BYTES
     tokens = config.training.micro_batch_size * config.data.seq_len
@@ -124,6 +126,7 @@ def estimate_memory(
         optimizer=held(master + moments, 1),
         activations=activation_bytes(config, tokens, tokens / ratio, chunks, on_gpu),
         activations_worst=activation_bytes(config, tokens, tokens, chunks, on_gpu),
+        # DeepSpeed allocates it whole, however small the model is
         buffers=BUCKET_ELEMENTS * FP32_BYTES if stage >= 2 else 0.0,
     )
 
@@ -153,9 +156,11 @@ def whole_parameters(model: ModelConfig, kind: UnitKind) -> int:
     if kind is UnitKind.LM_HEAD:
         return d
     if kind is UnitKind.CONCEPT_READER:
+        # last norm of the backbone; norms of tokens, concepts, query heads and key heads
         return c + d + c + 2 * model.token_head_size
     if kind is UnitKind.SEGMENTATION:
         counts = count_parameters(model)
+        # every process takes every decision and pools every concept
         return d + counts["boundary_detector"] + counts["concept_pool"]
     on_concepts = kind is UnitKind.BACKBONE
     width, head = (c, model.concept_head_size) if on_concepts else (d, model.token_head_size)
@@ -198,6 +203,7 @@ def activation_bytes(
             free += kept
             if kind is UnitKind.LM_HEAD:  # logits stay until the chunk's backward pass is over
                 free -= logits_bytes(config, num_tokens)
+        # the peak of working memory is counted once: one backward pass runs at a time
         total += held.in_flight * of_micro_batch
     return total + working
 

@@ -88,10 +88,11 @@ def make_plan(config: RunConfig, hardware: Hardware) -> Plan:
     Raises:
         InputError: the run cannot work on these machines.
     """
+    # refusals first, so that a run that cannot work costs no more than its reason
     layout = plan_layout(config, hardware)
     check_device_memory(layout.memory.total, hardware)
     model, seq_len = config.model, config.data.seq_len
-    control = dense_control(model)
+    control = dense_control(model)  # of a dense model itself
     flops = flops_per_token(model, seq_len)
     matrices = matmul_parameters_per_token(model)["total"]
     step = layout.step_seconds
@@ -143,6 +144,7 @@ def ranking_to_dict(ranking: Ranking, count: int) -> dict[str, Any]:
 
 def _layout_to_dict(layout: LayoutPlan) -> dict[str, Any]:
     values = dataclasses.asdict(layout)
+    # properties are no fields, so `asdict` leaves these out
     for stage, spelled in zip(layout.stages, values["stages"], strict=True):
         spelled["memory_total"] = stage.memory.total
         spelled["memory_total_worst"] = stage.memory.total_worst

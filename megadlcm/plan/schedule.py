@@ -69,6 +69,8 @@ def pipeline_schedule(
 class _Simulation:
     """Discrete events: stages become free, what they made becomes ready for others."""
 
+    # a simulation and not a rule: chunks differ in cost, and folded stages have two of them
+
     def __init__(
         self, stages: Sequence[int], costs: Sequence[float], micro_batches: int, forward_only: bool
     ) -> None:
@@ -109,6 +111,7 @@ class _Simulation:
                 break
             now = events[0][0]
             changed.clear()
+            # all that ends at this moment, so that nothing starts on half of it
             while events and events[0][0] <= now:
                 _, stage, operation = heapq.heappop(events)
                 free[stage] = True
@@ -123,8 +126,10 @@ class _Simulation:
         )
 
     def _choose(self, stage: int) -> Operation | None:
+        # backward first: it frees memory, and other stages wait for it
         for kind in ("backward", "forward"):
             started, ready = self.started[kind], self.ready[kind]
+            # of two chunks the deeper one: its micro-batch is nearer to its backward pass
             for chunk in reversed(self.own[stage]):
                 micro_batch = started[chunk]
                 if micro_batch >= ready[chunk]:

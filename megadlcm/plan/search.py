@@ -73,6 +73,7 @@ def rank_layouts(config: RunConfig, hardware: Hardware) -> Ranking:
     Returns:
         The layouts.
     """
+    # layouts cannot be compared without a speed; the one assumed is told with them
     peak = hardware.peak_tflops or config.logging.peak_tflops or ASSUMED_PEAK_TFLOPS
     hardware = dataclasses.replace(hardware, peak_tflops=peak)
     found, refused = [], dict[str, int]()
@@ -84,6 +85,7 @@ def rank_layouts(config: RunConfig, hardware: Hardware) -> Ranking:
             refused[reason] = refused.get(reason, 0) + 1
             continue
         found.append(layout)
+    # stable: of equal layouts the simpler one, tried first, stays ahead
     found.sort(key=lambda layout: (layout.step_seconds, layout.plan.memory.total))
     return Ranking(found, dict(sorted(refused.items(), key=lambda item: -item[1])), peak)
 
@@ -111,6 +113,7 @@ def check_device_memory(needed: float, hardware: Hardware) -> None:
 def _candidates(hardware: Hardware) -> Iterator[dict[str, Any]]:
     """Keys of every layout; tensor parallel groups stay within a node."""
     world_size = hardware.world_size
+    # between nodes the all-reduces of every layer would cost more than anything gains
     for tensor in _divisors(hardware.gpus_per_node):
         for pipeline in _divisors(world_size // tensor):
             for zero, sequence, recompute, placement in itertools.product(
@@ -134,6 +137,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def _try(config: RunConfig, hardware: Hardware, keys: dict[str, Any]) -> RankedLayout:
+    # both replacements check the rules anew and refuse what no run could start with
     parallel = dataclasses.replace(config.parallel, **keys)
     candidate = dataclasses.replace(config, parallel=parallel)
     plan = plan_layout(candidate, hardware)

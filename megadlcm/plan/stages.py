@@ -162,6 +162,7 @@ def cut_chunks(
             "segmentation, concept reader, head); lower it",
             key="parallel.pipeline_parallel_size",
         )
+    # deterministic: every process finds the same cut without asking the others
     cuts = _best_cuts(units, num_stages, folded)
     bounds = [0, *cuts, len(units)]
     # a folded model comes back up: chunk 2 S - 2 is on stage 0 again
@@ -250,7 +251,7 @@ class _Search:
             states = reached
         finished = []
         for (start, stop), best in states.items():
-            flops = self.running[stop] - self.running[start]
+            flops = self.running[stop] - self.running[start]  # the last stage takes the middle
             if flops <= limit:
                 finished.append(best._replace(cost=add(best.cost, flops)))
         return min(finished, default=None)

@@ -55,6 +55,7 @@ def counts_first(config: RunConfig, micro_batches: int) -> bool:
         config: the run.
         micro_batches: micro-batches of one replica in a step.
     """
+    # with one micro-batch the forward pass itself knows them all before its loss
     return (
         config.model.architecture == "dlcm"
         and config.model.boundary_mode in GLOBAL_RATIO_MODES
@@ -94,11 +95,11 @@ def sent_by_stage(
     counted_until = chunk_of(chunks, UnitKind.SEGMENTATION) if counts else None
     for edge in edges:
         source, target = chunks[edge.source].stage, chunks[edge.target].stage
-        if source == target:
+        if source == target:  # where the model is folded back: handed on in memory
             continue
         num_bytes = edge_bytes(config, edge, num_tokens, num_concepts)
         sent[source] += num_bytes
-        if edge.has_gradient:
+        if edge.has_gradient:  # as large, and sent by the other end
             sent[target] += num_bytes
         if counted_until is not None and edge.target <= counted_until:
             sent[source] += num_bytes
@@ -133,10 +134,12 @@ def tensor_bytes(
         times = (_ALL_REDUCES_OF_SHARDS if sharded else _ALL_REDUCES)[parallel.recompute]
         volume = times * rows_of(kind.stream, token_rows, concept_rows)
     elif kind is UnitKind.TOKEN_EMBEDDING:
+        # ids have no gradient: backward gathers at most the rows of the result
         volume = (1 + join) * token_rows
     elif kind is UnitKind.SEGMENTATION:
         volume = join * (token_rows + concept_rows) + 2 * num_tokens  # two decisions of a byte
     elif kind is UnitKind.CONCEPT_READER:
+        # tokens: its result, and the gradient of its queries; concepts: that of keys and values
         volume = (2 + join) * token_rows + (1 + join) * concept_rows
     else:  # the head: also largest logit, sum and label of the cross-entropy
         volume = (1 + join) * token_rows + 3 * FP32_BYTES * num_tokens
@@ -148,6 +151,7 @@ def counting_tensor_bytes(config: RunConfig, kind: UnitKind, num_tokens: float) 
     t = config.parallel.tensor_parallel_size
     rows = num_tokens * config.model.d_token * element_size(config)
     join = 0.5 if config.parallel.sequence_parallel else 0.0
+    # nothing goes backward, and to keep only own rows of concepts sends nothing
     volume = {
         UnitKind.TOKEN_EMBEDDING: rows,
         UnitKind.ENCODER: 2 * rows,
@@ -187,12 +191,14 @@ def data_bytes(config: RunConfig, own: float, replicas: int, micro_batches: int)
     """
     share, w = (replicas - 1) / replicas * own, element_size(config)
     stage = config.parallel.zero_stage
+    # an all-reduce sends its share twice; from stage 1 on weights come back, in their own type
     if stage == 0:
         return 2 * share * FP32_BYTES
     if stage == 1:
         return share * (2 * FP32_BYTES + w)
     if stage == 2:
         return share * (2 * FP32_BYTES * micro_batches + w)
+    # weights are gathered anew for every pass, for the repeated forward pass of a block as well
     passes = micro_batches * (3 if config.parallel.recompute == "block" else 2)
     passes += counts_first(config, micro_batches)  # all weights at once
     return share * (micro_batches * FP32_BYTES + passes * w)
