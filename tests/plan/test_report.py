@@ -189,6 +189,7 @@ def test_a_layout_that_cannot_work_is_refused(
         overrides = [f"parallel.{override}" for override in overrides]
         make_plan(load_config(CONFIGS / "dlcm_2.3b.yaml", overrides), hardware)
     assert "\n" not in str(refused.value)
+    assert refused.value.key and refused.value.key in str(refused.value)
 
 
 def test_layouts_are_ranked_and_the_others_have_reasons() -> None:
@@ -206,6 +207,13 @@ def test_layouts_are_ranked_and_the_others_have_reasons() -> None:
     }
     zero = {layout.parallel.zero_stage for layout in ranking.layouts}
     assert zero == {1, 2, 3}
+    assert set(ranking.refused) == {
+        "parallel.zero_stage must be 0 or 1 with a pipeline",
+        "training.precision bf16 needs ZeRO 1 to keep master weights",
+        "model.token_kv_heads is not divisible by the tensor parallel size",
+        "parallel.pipeline_parallel_size cuts the model into more chunks than it has units",
+        "needs more than --device-memory",
+    }
     reasons = " ".join(ranking.refused)
     for word in ("zero_stage", "precision", "kv_heads", "more chunks", "--device-memory"):
         assert word in reasons
