@@ -41,7 +41,7 @@ from megadlcm.model.scaling import GROUPS
 from megadlcm.parallel.mesh import ParallelMesh
 from megadlcm.parallel.partition import Partition, make_partition
 from megadlcm.parallel.pipeline import Pipeline
-from megadlcm.parallel.watch.watchdog import doing
+from megadlcm.parallel.watch.activity import doing
 from megadlcm.plan.accounting import count_parameters
 
 logger = logging.getLogger(__name__)
@@ -180,7 +180,7 @@ class TrainingEngine:
             is_last: whether the gradients are to be averaged over the replicas afterwards.
         """
         self.deepspeed.set_gradient_accumulation_boundary(is_last)
-        what = "data parallel average of gradients" if is_last else "backward pass"
+        what = "data parallel reduction of gradients" if is_last else "backward pass"
         with doing(what, computes=True):
             # a tensor of its own: at stage 0 DeepSpeed divides the gradient of what the module
             # returned by the number of micro-batches unless the backward pass began above it

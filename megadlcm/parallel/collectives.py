@@ -1,6 +1,6 @@
 """Communication inside a layer, with gradients. Letters: T rows, D width, P processes of a group.
 
-Each function names itself to `liveness`, so that a process that waits for ever can say for what.
+Each function names itself to the watch, so that a process that waits for ever can say for what.
 Two kinds of tensors meet here. A *whole* tensor is the same on every process, and so is its
 gradient. A *partial* tensor is one summand of P, and the gradient of each summand is that of the
 sum. Copying a whole tensor into P layers makes P different gradients, whose sum is the right one.
@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megadlcm.parallel.watch.watchdog import doing
+from megadlcm.parallel.watch.activity import doing
 
 Group = dist.ProcessGroup
 
@@ -59,6 +59,7 @@ def reduce_rows(partial: Tensor, group: Group, what: str) -> Tensor:
     """Sums partial tensors and keeps this process's rows; without a gradient."""
     size = dist.get_world_size(group)
     part = rows_of_part(partial.shape[0], size)
+    # the collective takes equal parts only; the zeros are dropped again by `gather_rows`
     filled = _filled(partial, part * size).contiguous()
     kept = filled.new_empty(part, *filled.shape[1:])
     with doing(what):
@@ -81,16 +82,14 @@ class CopyToLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, group: Group) -> Tensor:
-        """Runs the forward pass."""
         ctx.group = group
         return states.view_as(states)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """Runs the backward pass."""
         # a copy: autograd may hand the same tensor to somebody else
         summed = gradient.clone(memory_format=torch.contiguous_format)
-        return all_reduce(summed, ctx.group, "tensor parallel sum of gradients"), None
+        return all_reduce(summed, ctx.group, "tensor parallel all-reduce of gradients"), None
 
 
 class SumFromLayer(torch.autograd.Function):
@@ -98,13 +97,13 @@ class SumFromLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, partial: Tensor, group: Group) -> Tensor:
-        """Runs the forward pass."""
+        # a copy: whoever made the summand may need it for its own backward pass
         summed = partial.clone(memory_format=torch.contiguous_format)
-        return all_reduce(summed, group, "tensor parallel sum")
+        return all_reduce(summed, group, "tensor parallel all-reduce")
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """Runs the backward pass."""
+        # not divided by P: the sum has the same slope in each of its summands
         return gradient, None
 
 
@@ -113,14 +112,16 @@ class GatherToLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, num_rows: int, group: Group) -> Tensor:
-        """Runs the forward pass."""
         ctx.group = group
-        return gather_rows(rows, num_rows, group, "sequence parallel gather")
+        return gather_rows(rows, num_rows, group, "sequence parallel all-gather")
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """Runs the backward pass."""
-        return reduce_rows(gradient, ctx.group, "sequence parallel sum of gradients"), None, None
+        return (
+            reduce_rows(gradient, ctx.group, "sequence parallel reduce-scatter of gradients"),
+            None,
+            None,
+        )
 
 
 class ReduceFromLayer(torch.autograd.Function):
@@ -128,14 +129,12 @@ class ReduceFromLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, partial: Tensor, group: Group) -> Tensor:
-        """Runs the forward pass."""
         ctx.group, ctx.num_rows = group, partial.shape[0]
-        return reduce_rows(partial, group, "sequence parallel sum")
+        return reduce_rows(partial, group, "sequence parallel reduce-scatter")
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """Runs the backward pass."""
-        what = "sequence parallel gather of gradients"
+        what = "sequence parallel all-gather of gradients"
         return gather_rows(gradient, ctx.num_rows, ctx.group, what), None
 
 
@@ -144,14 +143,12 @@ class SplitRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, whole: Tensor, group: Group) -> Tensor:
-        """Runs the forward pass."""
         ctx.group, ctx.num_rows = group, whole.shape[0]
-        return own_rows(whole, group).clone()
+        return own_rows(whole, group).clone()  # a view would keep all rows alive
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """Runs the backward pass."""
-        what = "sequence parallel gather of gradients"
+        what = "sequence parallel all-gather of gradients"
         return gather_rows(gradient, ctx.num_rows, ctx.group, what), None
 
 
@@ -160,11 +157,9 @@ class JoinRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, num_rows: int, group: Group) -> Tensor:
-        """Runs the forward pass."""
         ctx.group = group
-        return gather_rows(rows, num_rows, group, "sequence parallel gather")
+        return gather_rows(rows, num_rows, group, "sequence parallel all-gather")
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """Runs the backward pass."""
         return own_rows(gradient, ctx.group).clone(), None, None

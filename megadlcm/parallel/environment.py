@@ -50,6 +50,7 @@ def launch_environment(environ: Mapping[str, str] | None = None) -> LaunchEnviro
         InputError: a launcher gave only part of what is needed.
     """
     environ = os.environ if environ is None else environ
+    # torchrun may run inside a task of srun: then what it says counts, if it says all of it
     complete = "RANK" in environ and "WORLD_SIZE" in environ
     if "SLURM_STEP_NUM_TASKS" in environ and not complete:
         keys = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
@@ -64,13 +65,13 @@ def launch_environment(environ: Mapping[str, str] | None = None) -> LaunchEnviro
         given = next(key for key in keys if key in environ)
         raise InputError(
             f"environment: {', '.join(missing)} missing or not a number although {given} is set; "
-            "start with torchrun or srun, or unset it for a run of one process"
+            "start with torchrun or srun, or unset it for a run of one process",
         )
     rank, world_size, local_rank = (int(environ[key]) for key in keys)
     if rank >= world_size:
         raise InputError(
             f"environment: {keys[0]} = {rank}, must be < {keys[1]} = {world_size}; "
-            "start with torchrun or srun"
+            "start with torchrun or srun",
         )
     port = environ.get("MASTER_PORT", "")
     return LaunchEnvironment(
@@ -101,7 +102,7 @@ def choose_device(local_rank: int) -> torch.device:
     if local_rank >= torch.cuda.device_count():
         raise InputError(
             f"local rank {local_rank}: this node has {torch.cuda.device_count()} GPUs; "
-            "start one process for each GPU, or set DS_ACCELERATOR=cpu"
+            "start one process for each GPU, or set DS_ACCELERATOR=cpu",
         )
     return torch.device("cuda", local_rank)
 

@@ -34,7 +34,7 @@ from megadlcm.parallel.messages import (
     take_from,
 )
 from megadlcm.parallel.partition import Partition
-from megadlcm.parallel.watch.watchdog import doing
+from megadlcm.parallel.watch.activity import doing
 from megadlcm.plan.edges import Content, Edge, Number, model_edges
 from megadlcm.plan.schedule import Operation, Schedule, pipeline_schedule
 from megadlcm.plan.stages import Chunk

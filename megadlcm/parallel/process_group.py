@@ -17,7 +17,8 @@ from megadlcm.parallel.environment import (
     launch_environment,
     launcher_store,
 )
-from megadlcm.parallel.mesh import ParallelMesh, forget_groups, make_mesh
+from megadlcm.parallel.groups import forget_groups, make_mesh
+from megadlcm.parallel.mesh import ParallelMesh
 from megadlcm.parallel.rendezvous import open_store, wait_for_all
 from megadlcm.parallel.watch.watchdog import start_watch, stop_watch
 
@@ -25,9 +26,8 @@ from megadlcm.parallel.watch.watchdog import start_watch, stop_watch
 def join_process_group(parallel: ParallelConfig | None = None) -> ParallelMesh:
     """Joins the run: picks the device, initialises the process group, makes the groups of the axes.
 
-    gloo, or nccl on GPUs. A run of one process makes a group of its own in memory, so that it needs
-    no port and nothing can collide with it. Safe to call again in the same process: groups stay
-    until the process ends, because DeepSpeed remembers them beyond the life of an engine.
+    gloo, or nccl on GPUs. Safe to call again in the same process: groups stay until the process
+    ends, because DeepSpeed remembers them beyond the life of an engine.
 
     Args:
         parallel: sizes of the axes; None means that all processes are replicas.
@@ -58,18 +58,20 @@ def _initialize(
     launch: LaunchEnvironment, backend: str, timeout: timedelta, collective_timeout: float
 ) -> None:
     if launch.world_size == 1:
+        # in memory: needs no port, so that nothing can collide with it
         own = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=own, rank=0, world_size=1)
         return
     if not launch.master_address:
         raise InputError(
             f"environment: MASTER_ADDR is empty with {launch.world_size} processes; "
-            "set it to the host of rank 0"
+            "set it to the host of rank 0",
         )
     announce_address(launch)
     by_rank_0, attempt = launcher_store()
     place = (launch.master_address, launch.master_port, attempt, by_rank_0, collective_timeout)
     store = open_store(launch.rank, *place)
+    # before torch does, whose own error names nobody
     wait_for_all(store, launch.rank, launch.world_size, collective_timeout)
     dist.init_process_group(
         backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout

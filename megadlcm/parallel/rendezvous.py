@@ -1,4 +1,4 @@
-"""The store of the run, and who does not come to it: without that nobody can be asked for help."""
+"""The rendezvous in the store of the run, and who does not join it: nobody could be asked later."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from megadlcm.parallel.watch.heartbeat import Store
 _LONGEST_PAUSE = 1.0
 _SECONDS_OF_HOSTING = 5.0
 """How long the process that holds the store stays, for others to read what it found."""
-_VERDICT = "meeting/verdict"
+_VERDICT = "rendezvous/verdict"
 
 
 class MissingRanksError(RuntimeError):
-    """Not all processes of the run came in time."""
+    """Not all processes of the run joined the rendezvous in time."""
 
 
 def open_store(
@@ -73,8 +73,9 @@ def _wait_for_listener(
             if time.monotonic() + pause > deadline:
                 host = "rank 0" if is_hosted_by_rank_0 else "the launcher"
                 raise MissingRanksError(
-                    f"{host} did not come to {address}:{port} within {timeout_seconds:g} s "
-                    f"(parallel.collective_timeout_seconds; {error}): see what it says itself"
+                    f"{host} did not open the rendezvous at {address}:{port} within "
+                    f"{timeout_seconds:g} s (parallel.collective_timeout_seconds; {error}): "
+                    "see what it says itself"
                 ) from error
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)
@@ -90,19 +91,20 @@ def wait_for_all(store: Store, rank: int, world_size: int, timeout_seconds: floa
         timeout_seconds: how long to wait.
 
     Raises:
-        MissingRanksError: names those that did not come.
+        MissingRanksError: names those that did not join.
     """
-    keys = [f"meeting/{other}" for other in range(world_size)]
+    keys = [f"rendezvous/{other}" for other in range(world_size)]
     deadline = time.monotonic() + timeout_seconds
     pause = 0.01
     try:
         store.set(keys[rank], "")
+        # polled, not `store.wait`: what that raises at its end names nobody
         while not store.check(keys):
             if store.check([_VERDICT]):
                 raise MissingRanksError(store.get(_VERDICT).decode())
             if time.monotonic() > deadline:
                 missing = [other for other in range(world_size) if not store.check([keys[other]])]
-                if missing:
+                if missing:  # else the last one joined between the two questions
                     _give_up(store, rank, missing, timeout_seconds)
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
@@ -115,10 +117,10 @@ def wait_for_all(store: Store, rank: int, world_size: int, timeout_seconds: floa
 def _give_up(store: Store, rank: int, missing: list[int], timeout_seconds: float) -> None:
     names = ", ".join(f"rank {other}" for other in missing)
     text = (
-        f"{names} did not come within {timeout_seconds:g} s "
+        f"{names} did not join the rendezvous within {timeout_seconds:g} s "
         "(parallel.collective_timeout_seconds): see what it says itself"
     )
-    store.set(_VERDICT, text)
+    store.set(_VERDICT, text)  # the others started their clocks later: all are told the same
     if rank == 0:
         time.sleep(_SECONDS_OF_HOSTING)
     raise MissingRanksError(text)

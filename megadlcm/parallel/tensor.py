@@ -1,4 +1,4 @@
-"""The seams of a model whose layers are cut over the processes of a tensor parallel group."""
+"""The seams of a model whose layers are sharded over a tensor parallel group."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megadlcm.parallel.collectives import (
     SumFromLayer,
     all_reduce,
 )
-from megadlcm.parallel.watch.watchdog import doing
+from megadlcm.parallel.watch.activity import doing
 
 
 class DisagreementError(RuntimeError):
@@ -27,7 +27,7 @@ class DisagreementError(RuntimeError):
 
 
 class TensorSeams(Seams):
-    """Heads, inner widths and vocabulary are cut; rows are whole on every process.
+    """Heads, inner widths and vocabulary are sharded; rows are whole on every process.
 
     Args:
         group: the tensor parallel group.
@@ -40,20 +40,16 @@ class TensorSeams(Seams):
         self.check_agreement = check_agreement
 
     def to_layer(self, states: Tensor, num_rows: int) -> Tensor:
-        """Copies whole rows into the cut layers."""
         return self.copy_to_layer(states)
 
     def from_layer(self, partial: Tensor) -> Tensor:
-        """Sums what the cut layers made."""
         return self.sum_from_layer(partial)
 
     def copy_to_layer(self, states: Tensor) -> Tensor:
-        """Copies whole rows into the cut layers."""
         copied: Tensor = CopyToLayer.apply(states, self.group)
         return copied
 
     def sum_from_layer(self, partial: Tensor) -> Tensor:
-        """Sums what the cut layers made."""
         summed: Tensor = SumFromLayer.apply(partial, self.group)
         return summed
 
@@ -82,9 +78,12 @@ class TensorSeams(Seams):
 
     def _compare(self, own: Tensor, agreed: Tensor) -> None:
         size, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
+        # one entry for each process, so that the sum says who differs and not only that one does
         flipped = torch.zeros(size, dtype=torch.int64, device=own.device)
         flipped[rank] = (own != agreed).sum()
-        counts = all_reduce(flipped, self.group, "comparison of boundaries").tolist()
+        counts = all_reduce(
+            flipped, self.group, "tensor parallel all-reduce of boundary disagreements"
+        ).tolist()
         if any(counts):
             ranks = [dist.get_global_rank(self.group, index) for index in range(size)]
             listed = ", ".join(
@@ -98,39 +97,33 @@ class TensorSeams(Seams):
             )
 
     def max_over_vocabulary(self, values: Tensor) -> Tensor:
-        """Largest value over the parts of the vocabulary."""
-        what = "tensor parallel maximum of logits"
+        what = "tensor parallel all-reduce of the largest logit"
+        # it only shifts logits for stability, so that no gradient has to pass
         return all_reduce(values.clone(), self.group, what, dist.ReduceOp.MAX)
 
     def sum_over_vocabulary(self, values: Tensor) -> Tensor:
-        """Sum over the parts of the vocabulary."""
         return self.sum_from_layer(values)
 
     def vocabulary_start(self, part_size: int) -> int:
-        """First token id of this process's part."""
         return dist.get_rank(self.group) * part_size
 
 
 class SequenceSeams(TensorSeams):
-    """Also cuts the rows: norms and residuals run on 1/P of them between the layers."""
+    """Sequence parallel: norms and residuals run on 1/P of the rows between the layers."""
 
     def split_rows(self, states: Tensor) -> Tensor:
-        """Keeps this process's rows."""
         kept: Tensor = SplitRows.apply(states, self.group)
         return kept
 
     def join_rows(self, states: Tensor, num_rows: int) -> Tensor:
-        """Gathers all rows."""
         whole: Tensor = JoinRows.apply(states, num_rows, self.group)
         return whole
 
     def to_layer(self, states: Tensor, num_rows: int) -> Tensor:
-        """Gathers all rows into the cut layers."""
         gathered: Tensor = GatherToLayer.apply(states, num_rows, self.group)
         return gathered
 
     def from_layer(self, partial: Tensor) -> Tensor:
-        """Sums what the cut layers made and keeps this process's rows."""
         kept: Tensor = ReduceFromLayer.apply(partial, self.group)
         return kept
 
@@ -140,14 +133,15 @@ def sum_gradient(group: Group, sequence: bool) -> Any:
 
     Args:
         group: the tensor parallel group.
-        sequence: whether rows are cut, for the message.
+        sequence: whether rows are sharded too, for the message.
 
     Returns:
         Function of the gradient, for `Tensor.register_hook`.
     """
-    what = "sequence parallel sum of gains" if sequence else "tensor parallel sum of gains"
+    what = f"{'sequence' if sequence else 'tensor'} parallel all-reduce of gain gradients"
 
     def summed(gradient: Tensor) -> Tensor:
+        # a copy: autograd may hand the same tensor to somebody else
         return all_reduce(gradient.clone(), group, what)
 
     return summed

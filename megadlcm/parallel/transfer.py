@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megadlcm.parallel.mesh import ParallelMesh
 from megadlcm.parallel.partition import ShardSpec
-from megadlcm.parallel.watch.watchdog import doing
+from megadlcm.parallel.watch.activity import doing
 
 
 def all_gather_shards(own: Tensor, dimension: int, mesh: ParallelMesh) -> Tensor:

@@ -20,7 +20,8 @@ from data_pipeline.errors import InputError
 from megadlcm.config import RunConfig
 from megadlcm.model import build_model
 from megadlcm.parallel.environment import LaunchEnvironment
-from megadlcm.parallel.mesh import ParallelMesh, make_mesh
+from megadlcm.parallel.groups import make_mesh
+from megadlcm.parallel.mesh import ParallelMesh
 from megadlcm.parallel.partition import Partition, build_stage_model, make_partition
 from megadlcm.parallel.process_group import leave_process_group
 from megadlcm.plan.activations import element_size

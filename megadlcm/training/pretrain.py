@@ -22,7 +22,8 @@ from megadlcm.parallel.mesh import ParallelMesh
 from megadlcm.parallel.partition import build_stage_model, make_partition
 from megadlcm.parallel.process_group import abandon_process_group, join_process_group
 from megadlcm.parallel.rendezvous import MissingRanksError
-from megadlcm.parallel.watch.watchdog import doing, report_failure
+from megadlcm.parallel.watch.activity import doing
+from megadlcm.parallel.watch.watchdog import report_failure
 from megadlcm.run_folder.start import prepare_run_folder
 from megadlcm.training.checks import check_agreement, check_launch, check_training_sources
 from megadlcm.training.logs import rank_log

@@ -24,7 +24,7 @@ from data_pipeline.reading.samples import SampleReader
 from megadlcm.config import RunConfig
 from megadlcm.engine.state import TrainState
 from megadlcm.parallel.mesh import ParallelMesh
-from megadlcm.parallel.watch.watchdog import doing
+from megadlcm.parallel.watch.activity import doing
 from megadlcm.plan.stages import cut_chunks
 
 ABSENT = -1

@@ -20,7 +20,7 @@ from megadlcm.inference.marked_text import choose_documents, marked_text, text_b
 from megadlcm.model import LanguageModel
 from megadlcm.model.output import ModelOutput
 from megadlcm.model.self_check import check_causality
-from megadlcm.parallel.watch.watchdog import arrive
+from megadlcm.parallel.watch.activity import arrive
 from megadlcm.run_folder import files
 from megadlcm.training.metrics import MetricsWriter, step_row
 from megadlcm.training.progress import ProgressReport

@@ -116,10 +116,10 @@ def test_a_rank_that_dies_or_stops_is_named(
     for line in errors_of(ranks, victim):
         assert re.search(r"step \d+: rank \d+ \(\S+, pid \d+\)", line), line
         assert f"rank {victim} (" in line and f"pid {ranks[victim].pid}" in line, line
-        assert "no sign of life" in line
-        assert re.search(r"(sum|gather|average|send|receive|step|pass|broadcast|maximum)", line)
+        assert "sends no heartbeat" in line
+        assert re.search(r"(all-(reduce|gather)|reduction|send|receive|step|pass|broadcast)", line)
         # nobody else is accused
-        accused = re.findall(r"rank (\d+) \(\S+, pid \d+\) gives", line)
+        accused = re.findall(r"rank (\d+) \(\S+, pid \d+\) sends", line)
         assert accused == [str(victim)], line
 
 
@@ -153,14 +153,15 @@ def test_a_data_error_of_one_rank_is_told_to_the_others(
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_data_error_before_the_processes_meet_is_told_too(
+def test_a_data_error_before_the_rendezvous_is_told_too(
     victim: int, tmp_path: Path, start: StartRanks
 ) -> None:
-    """It does not come to the store of the run, which rank 0 would have opened."""
+    """It does not come to the rendezvous, which rank 0 would have opened."""
     nowhere = tmp_path / "nowhere"
     ranks, _ = start(2, {victim: [f"data.train=[{{path: {nowhere}, name: train}}]"]})
     (line,) = errors_of(ranks, victim)
-    assert line.startswith(f"error: rank {victim} did not come"), line
+    verb = "join" if victim else "open"
+    assert line.startswith(f"error: rank {victim} did not {verb} the rendezvous"), line
     assert ranks[victim].wait(timeout=GRACE) == 2
 
 
@@ -202,7 +203,7 @@ def test_torchrun_leaves_no_process_behind(corpus: Path, tmp_path: Path) -> None
     # the launcher asks the other process to end at once, but not before it could say why
     (line,) = [line for line in complaints.splitlines() if line.startswith("error: ")]
     assert f"pid {children[0]}) lost its connection in " in line
-    assert f"pid {children[1]}) gives no sign of life" in line
+    assert f"pid {children[1]}) sends no heartbeat" in line
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
 
 

@@ -18,7 +18,7 @@ from data_pipeline.reading.batch import StepBatch
 from data_pipeline.reading.loader import StepLoader
 from megadlcm.config import RunConfig
 from megadlcm.parallel.process_group import join_process_group
-from megadlcm.parallel.watch import watchdog as liveness
+from megadlcm.parallel.watch.activity import THIS_PROCESS, doing
 from megadlcm.training.replica_loader import ABSENT, ReplicaLoader, open_loader
 from tests.support.distributed import run_distributed
 
@@ -106,7 +106,7 @@ class WatchedLoader:
         self.told: list[str | None] = []
 
     def __next__(self) -> StepBatch:
-        self.told.append(liveness._present.waits_for)
+        self.told.append(THIS_PROCESS.waits_for)
         raise StorageError("no data for 1 s")
 
 
@@ -118,12 +118,8 @@ def test_others_are_told_that_a_process_reads(make_run: MakeRun) -> None:
     with pytest.raises(StorageError):
         next(loader)
     assert watched.told == ["reading of the step's data"]
-    assert liveness._present.waits_for != watched.told[0] and liveness._present.broke_in is None
-    with (
-        mock.patch.object(liveness, "_outlive_launcher"),
-        pytest.raises(RuntimeError),
-        liveness.doing("a collective"),
-    ):
-        raise RuntimeError
-    assert liveness._present.broke_in == "a collective"
-    liveness._present.broke_in = None
+    assert THIS_PROCESS.waits_for != watched.told[0] and THIS_PROCESS.broke_in is None
+    with mock.patch.object(THIS_PROCESS, "broke_in", None):
+        with pytest.raises(RuntimeError), doing("a collective"):
+            raise RuntimeError
+        assert THIS_PROCESS.broke_in == "a collective"

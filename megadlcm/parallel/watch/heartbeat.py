@@ -11,15 +11,13 @@ from typing import Protocol, TypeVar
 
 _Answer = TypeVar("_Answer")
 
-_FAILED = "liveness/failed"
+_FAILED = "heartbeat/failed"
 
 
 class Store(Protocol):
     """What is needed of torch's stores."""
 
-    def set(self, key: str, value: str) -> None:
-        """Writes a value."""
-        ...
+    def set(self, key: str, value: str) -> None: ...
 
     def get(self, key: str) -> bytes:
         """Reads a value, waiting for it."""
@@ -31,23 +29,19 @@ class Store(Protocol):
 
 
 @dataclass(frozen=True)
-class Sign:
+class Heartbeat:
     """One process as the board shows it."""
 
     rank: int
     host: str
     pid: int
-    beat: int
+    count: int
+    """Heartbeats of this process until now: one that does not grow has stopped."""
     place: str
     waits_for: str | None
     failure: str | None
     left: bool
     """Whether it ended in order, or because of another process."""
-
-    @property
-    def key(self) -> str:
-        """Where it is in the store."""
-        return f"liveness/{self.rank}"
 
     @property
     def is_ending(self) -> bool:
@@ -66,15 +60,15 @@ class Sign:
 
 
 class Board:
-    """The signs of all processes; never raises, and never waits longer than `patience`.
+    """The heartbeats of all processes; never raises, and never waits longer than `patience`.
 
     Args:
         store: a connection of its own to the store of the run.
         world_size: processes of the run.
-        patience: function that gives the seconds after which the store counts as silent.
+        patience: seconds after which the store counts as silent.
     """
 
-    def __init__(self, store: Store, world_size: int, patience: Callable[[], float]) -> None:
+    def __init__(self, store: Store, world_size: int, patience: float) -> None:
         self.store, self.world_size, self.patience = store, world_size, patience
         self._unanswered: threading.Thread | None = None
 
@@ -83,30 +77,34 @@ class Board:
         """Whether the store has not answered the last question until now."""
         return self._unanswered is not None and self._unanswered.is_alive()
 
-    def show(self, sign: Sign) -> None:
-        """Writes what a process shows of itself."""
-        self._ask(lambda: self.store.set(sign.key, json.dumps(sign.__dict__)))
+    def show(self, heartbeat: Heartbeat) -> None:
+        """Writes the last heartbeat of a process."""
+        text = json.dumps(heartbeat.__dict__)
+        self._ask(lambda: self.store.set(_key(heartbeat.rank), text))
 
     def show_failure(self, rank: int) -> None:
-        """Writes that there is a failure, which others can see without reading every sign."""
+        """Writes that there is a failure, which others can see without reading all heartbeats."""
         self._ask(lambda: self.store.set(_FAILED, str(rank)))
 
     def has_failure(self) -> bool:
         """Whether some process showed one."""
         return bool(self._ask(lambda: self.store.check([_FAILED])))
 
-    def read(self, ranks: Iterable[int] | None = None) -> dict[int, Sign] | None:
-        """The signs of these processes, or of all, that have shown one; None without an answer."""
+    def read(self, ranks: Iterable[int] | None = None) -> dict[int, Heartbeat] | None:
+        """The last heartbeats of these processes, or of all, as far as they have shown one.
+
+        None where the store does not answer.
+        """
         wanted = list(range(self.world_size) if ranks is None else ranks)
         return self._ask(lambda: self._read(wanted))
 
-    def _read(self, ranks: list[int]) -> dict[int, Sign]:
-        signs = {}
+    def _read(self, ranks: list[int]) -> dict[int, Heartbeat]:
+        heartbeats = {}
         for rank in ranks:
-            key = f"liveness/{rank}"
-            if self.store.check([key]):
-                signs[rank] = Sign(**json.loads(self.store.get(key)))
-        return signs
+            # `get` would wait for a process that never came
+            if self.store.check([_key(rank)]):
+                heartbeats[rank] = Heartbeat(**json.loads(self.store.get(_key(rank))))
+        return heartbeats
 
     def _ask(self, ask: Callable[[], _Answer]) -> _Answer | None:
         """Asks the store; None where it does not answer.
@@ -122,8 +120,12 @@ class Board:
             with contextlib.suppress(Exception):
                 answers.append(ask())
 
-        thread = threading.Thread(target=run, name="liveness board", daemon=True)
+        thread = threading.Thread(target=run, name="heartbeat board", daemon=True)
         thread.start()
-        thread.join(timeout=self.patience())
+        thread.join(timeout=self.patience)
         self._unanswered = thread if thread.is_alive() else None
         return answers[0] if answers else None
+
+
+def _key(rank: int) -> str:
+    return f"heartbeat/{rank}"

@@ -1,18 +1,18 @@
-"""Names the process that others wait for: a board of heartbeats, and a watch on one's own waiting.
+"""Names the process that others wait for: a heartbeat, and a watch on one's own waiting.
 
 A collective that one process does not join hangs for all others, and what they then see is a
-timeout or a closed connection that names nobody. So each process says what it waits for (`doing`,
-two attribute writes), and a thread of each process
+timeout or a closed connection that names nobody. So each process says what it waits for
+(`activity`), and a thread of each process, its watchdog,
 
 - writes rank, host, pid, step and the present phase to the store of the run every few seconds;
 - ends the process when one phase lasted longer than `parallel.collective_timeout_seconds`, after
-  reading from the board who gives no sign of life, who failed, and who is somewhere else.
+  reading from the board who sends no heartbeat, who failed, and who is somewhere else.
 
 Computing may take as long as it likes: a process that does not wait, or that also computes in its
-phase (a backward pass), ends only if another one failed or gives no sign of life; so does any
-process until its first step is done. That is also what holds with NCCL, whose collectives return
-before they are done: the process then waits where it next needs a number from the device, and the
-line names its step and not the collective.
+phase (a backward pass), ends only if another one failed or sends no heartbeat; so does any process
+until its first step is done. That is also what holds with NCCL, whose collectives return before
+they are done: the process then waits where it next needs a number from the device, and the line
+names its step and not the collective.
 
 The thread only reads its own process until then, and the main thread never talks to the store, so
 this costs nothing in a step. It also works where the main thread hangs inside of a library.
@@ -23,102 +23,28 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
-from data_pipeline.errors import StorageError
-from megadlcm.parallel.watch.heartbeat import Board, Sign, Store
+from megadlcm.parallel.watch.activity import THIS_PROCESS, Activity, Phase
+from megadlcm.parallel.watch.diagnosis import Findings, find_missing
+from megadlcm.parallel.watch.heartbeat import Board, Heartbeat, Store
 
 logger = logging.getLogger(__name__)
 
-_LONGEST_BEAT = 5.0
+_LONGEST_INTERVAL = 5.0
 _BEATS_OF_SILENCE = 3
 """Heartbeats without a change after which a process counts as silent."""
 _BEATS_OF_HOSTING = 12
 """Heartbeats for which a process that holds the board waits for the others to read it."""
-_SLOW_PLACES = 2
-"""Start and first step take longer on one process than on another: libraries, caches, compilers."""
 EXIT_CODE = 1
 
 
-@dataclass
-class _Present:
-    """What this process does now; written by the main thread, read by the watching one."""
-
-    place: str = "start"
-    places: int = 1
-    waits_for: str | None = None
-    computes: bool = True
-    since: float = field(default_factory=time.monotonic)  # written first when the phase changes
-    broke_in: str | None = None
-
-
-_present = _Present()
-
-
-class doing:  # noqa: N801
-    """Says what this process waits for while it is entered.
-
-    Args:
-        what: name of the collective, such as `data parallel sum`.
-        computes: whether this takes long without others too, such as a backward pass.
-    """
-
-    __slots__ = ("computes", "outer", "what")
-
-    def __init__(self, what: str, computes: bool = False) -> None:
-        self.what, self.computes = what, computes
-        self.outer: tuple[str | None, bool] = (None, True)
-
-    def __enter__(self) -> None:
-        self.outer = (_present.waits_for, _present.computes)
-        _present.since = time.monotonic()
-        _present.waits_for, _present.computes = self.what, self.computes
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if kind is not None and _may_come_from_others(kind) and _present.broke_in is None:
-            _present.broke_in = self.what
-            _outlive_launcher()
-        _present.since = time.monotonic()  # who left an inner phase has come further in the outer
-        _present.waits_for, _present.computes = self.outer
-
-
-def _may_come_from_others(kind: type[BaseException]) -> bool:
-    """Whether an error may be that of a collective; one of the storage has its own cause."""
-    return issubclass(kind, RuntimeError) and not issubclass(kind, StorageError)
-
-
-def arrive(place: str) -> None:
-    """Says where in the run this process is, such as `step 12`."""
-    _present.since = time.monotonic()
-    _present.place = place
-    _present.places += 1
-
-
-@dataclass(frozen=True)
-class Findings:
-    """What the board says about the other processes."""
-
-    text: str
-    """One line; empty where all of them wait in the same place."""
-    is_certain: bool
-    """Whether one of them failed or gives no sign of life."""
-
-
-class Liveness:
-    """The heartbeat and the watch of this process.
+class Watchdog:
+    """The heartbeat of this process, and the watch on its waiting.
 
     Args:
         store: a connection of its own to the store of the run.
@@ -126,6 +52,7 @@ class Liveness:
         world_size: processes of the run.
         timeout_seconds: longest phase of waiting.
         is_hosted_by_rank_0: whether the store lives and dies with rank 0, not with a launcher.
+        activity: what the process does, and the clock by which its phases are measured.
         end: ends the process; for tests.
     """
 
@@ -136,39 +63,63 @@ class Liveness:
         world_size: int,
         timeout_seconds: float,
         is_hosted_by_rank_0: bool = True,
+        activity: Activity = THIS_PROCESS,
         end: Callable[[int], Any] = os._exit,
     ) -> None:
-        self.store, self.rank, self.world_size = store, rank, world_size
-        self.timeout_seconds, self.end = timeout_seconds, end
-        self.interval = min(_LONGEST_BEAT, timeout_seconds / 5)
-        self.host, self.pid = socket.gethostname(), os.getpid()
-        self._beat, self._left = 0, False
-        self._failure: str | None = None
+        self.rank, self.world_size, self.timeout_seconds = rank, world_size, timeout_seconds
         self.is_hosted_by_rank_0 = is_hosted_by_rank_0
-        self.board = Board(store, world_size, lambda: _BEATS_OF_SILENCE * self.interval)
-        self._host_sign: Sign | None = None
-        self._silent: list[int] = []
-        self._looked = 0.0
+        self.activity, self.clock, self.end = activity, activity.clock, end
+        self.interval = min(_LONGEST_INTERVAL, timeout_seconds / 5)
+        self.host, self.pid = socket.gethostname(), os.getpid()
+        self.board = Board(store, world_size, patience=_BEATS_OF_SILENCE * self.interval)
+        self._count, self._left = 0, False
+        self._failure: str | None = None
+        self._host_heartbeat: Heartbeat | None = None
+        self._looked = float("-inf")
         self._stopped = threading.Event()
-        self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="liveness", daemon=True)
+        self._lock = threading.Lock()  # both threads send heartbeats, whose counts must grow
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+
+    @property
+    def who(self) -> str:
+        """Rank, host and pid."""
+        return f"rank {self.rank} ({self.host}, pid {self.pid})"
 
     def start(self) -> None:
         """Starts heartbeat and watch."""
-        self._publish()
+        self.send_heartbeat()
+        self.activity.is_watched = True
         self._thread.start()
 
     def stop(self) -> None:
         """Ends them; the process goes on, and is not missed."""
         self._stopped.set()
-        self._thread.join(timeout=2 * self.interval)
-        self._left = True
-        self._publish()
+        if self._thread.is_alive():
+            self._thread.join(timeout=2 * self.interval)
+        self.activity.is_watched = False
+        self._leave()
+
+    def send_heartbeat(self) -> None:
+        """Shows the others that this process lives, and what it does."""
+        with self._lock:
+            self._count += 1
+            self.board.show(
+                Heartbeat(
+                    self.rank,
+                    self.host,
+                    self.pid,
+                    self._count,
+                    self.activity.place,
+                    self.activity.waits_for,
+                    self._failure,
+                    self._left,
+                )
+            )
 
     def publish_failure(self, message: str) -> None:
         """Tells the others why this process is about to end."""
         self._failure = message
-        self._publish()
+        self.send_heartbeat()
         self.board.show_failure(self.rank)
         self._linger()
 
@@ -181,56 +132,74 @@ class Liveness:
         Returns:
             One line that names the processes that failed or are gone, and the collective.
         """
-        broke_in = _present.broke_in or "a collective operation"
-        found = self._find_missing()
+        broke_in = self.activity.broke_in or "a collective operation"
+        found = self.look_around()
         if not found.is_certain:  # nobody else is the cause: memory, for instance
-            self.publish_failure(f"{_first_line(error)} (in {broke_in})")
+            self.publish_failure(f"{first_line(error)} (in {broke_in})")
             return (
-                f"{_present.place}: {self._who} failed in {broke_in}, no process is missing; "
+                f"{self.activity.place}: {self.who} failed in {broke_in}, no process is missing; "
                 f"the error was: {error}"
             )
-        text = f"{_present.place}: {self._who} lost its connection in {broke_in}; {found.text}"
-        self._left = True
-        self._publish()
-        self._linger()
+        text = f"{self.activity.place}: {self.who} lost its connection in {broke_in}; {found.text}"
+        self._leave()
+        self._linger(found.silent)
         return text
+
+    def look_around(self) -> Findings:
+        """Who failed, who is silent, who is somewhere else; watches a few heartbeats."""
+        seconds = _BEATS_OF_SILENCE * self.interval
+        before = self.board.read()
+        # a failure that is on the board explains everything, and those who failed end soon
+        if before is not None and not any(one.failure for one in before.values()):
+            for _ in range(_BEATS_OF_SILENCE):
+                self.clock.sleep(self.interval)
+                self.send_heartbeat()  # others may be looking for who is silent
+        after = self.board.read()
+        if before is None or after is None:
+            return Findings(self._say_board_is_gone(), True)
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        return find_missing(before, after, others, self.activity.phase, seconds)
+
+    def beat(self) -> None:
+        """What the thread does at every heartbeat: shows itself, and watches its own waiting."""
+        self.send_heartbeat()
+        phase, now = self.activity.phase, self.clock.now()
+        if self._host_heartbeat is None:
+            # for the day on which its host is gone and the board with it
+            self._host_heartbeat = (self.board.read([0]) or {}).get(0)
+        if now - phase.since < 2 * self.interval:
+            return
+        # a look that found nobody missing is not repeated before another timeout
+        is_over = now - max(phase.since, self._looked) > self.timeout_seconds
+        if is_over or (not phase.computes and self.board.has_failure()):
+            self._consider_the_end(phase)
 
     # -- the thread -------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while not self._stopped.wait(self.interval):
-            self._publish()
-            waits_for, computes = _present.waits_for, _present.computes
-            since, now = _present.since, time.monotonic()
-            if self._host_sign is None:
-                self._host_sign = (self.board.read([0]) or {}).get(0)
-            if now - since < 2 * self.interval:
-                continue
-            is_over = now - max(since, self._looked) > self.timeout_seconds
-            if is_over or (not computes and self.board.has_failure()):
-                self._end_waiting(waits_for, since, computes)
+        while not self.clock.wait(self._stopped, self.interval):
+            self.beat()
 
-    def _end_waiting(self, waits_for: str | None, since: float, computes: bool = False) -> None:
-        found = self._find_missing()
-        waited = time.monotonic() - since
-        if _present.since != since or self._stopped.is_set():
-            return  # they came after all
+    def _consider_the_end(self, phase: Phase) -> None:
+        """Ends the process, unless the others are alive and may take longer, or came after all."""
+        found = self.look_around()
+        waited = self.clock.now() - phase.since
+        if self.activity.since != phase.since or self._stopped.is_set():
+            return  # they came while the board was being read
         is_over = waited > self.timeout_seconds
-        is_patient = computes or _present.places <= _SLOW_PLACES
-        if not found.is_certain and (is_patient or not is_over):
-            self._looked = time.monotonic()
+        if not found.is_certain and (phase.computes or phase.is_early or not is_over):
+            self._looked = self.clock.now()
             return
         limit = ""
         if is_over:
             limit = f", longer than parallel.collective_timeout_seconds = {self.timeout_seconds:g}"
-        verb = "has been" if computes else "waited"
-        self._left = True
-        self._publish()  # before anything that may take time
+        verb = "has been" if phase.computes else "waited"
+        self._leave()  # before anything that may take time
         self._say(
-            f"{_present.place}: {self._who} {verb} {waited:.0f} s in {waits_for or 'computing'}"
+            f"{phase.place}: {self.who} {verb} {waited:.0f} s in {phase.waits_for or 'computing'}"
             f"{limit}; {found.text or 'every process is alive and waits in the same place'}"
         )
-        self._linger()
+        self._linger(found.silent)
         self.end(EXIT_CODE)
 
     def _say(self, text: str) -> None:
@@ -245,104 +214,36 @@ class Liveness:
                 for handler in [*logging.getLogger().handlers, *above]:
                     handler.flush()
 
-        thread = threading.Thread(target=run, name="liveness last words", daemon=True)
+        # a write to a pipe that nobody empties would hang, and the process with it
+        thread = threading.Thread(target=run, name="last words", daemon=True)
         thread.start()
         thread.join(timeout=_BEATS_OF_SILENCE * self.interval)
 
-    def _linger(self) -> None:
+    def _leave(self) -> None:
+        self._left = True
+        self.send_heartbeat()
+
+    def _linger(self, silent: tuple[int, ...] = ()) -> None:
         """Keeps the board for the others until they are leaving too, if it is in this process."""
         if self.rank != 0 or not self.is_hosted_by_rank_0:
             return
-        waiting = set(range(1, self.world_size)) - set(self._silent)
+        waiting = set(range(1, self.world_size)) - set(silent)
         for _ in range(_BEATS_OF_HOSTING):
-            signs = self.board.read() or {}
-            if all(rank in signs and signs[rank].is_ending for rank in waiting):
+            shown = self.board.read() or {}
+            if all(rank in shown and shown[rank].is_ending for rank in waiting):
                 break
-            time.sleep(self.interval)
-        time.sleep(self.interval)  # the last of them may be reading
-
-    # -- the board --------------------------------------------------------------------------------
-
-    @property
-    def _who(self) -> str:
-        return f"rank {self.rank} ({self.host}, pid {self.pid})"
-
-    def _publish(self) -> None:
-        with self._lock:
-            self._beat += 1
-            sign = Sign(
-                self.rank,
-                self.host,
-                self.pid,
-                self._beat,
-                _present.place,
-                _present.waits_for,
-                self._failure,
-                self._left,
-            )
-            self.board.show(sign)
-
-    def _find_missing(self) -> Findings:
-        """Who failed, who is silent, who is somewhere else; watches a few heartbeats."""
-        before = self.board.read()
-        if before is not None and not any(sign.failure for sign in before.values()):
-            for _ in range(_BEATS_OF_SILENCE):
-                time.sleep(self.interval)
-                self._publish()  # others may be looking for who is silent
-        after = self.board.read()
-        if before is None or after is None:
-            return Findings(self._say_board_is_gone(), True)
-        others = [rank for rank in range(self.world_size) if rank != self.rank]
-        failed = [after[rank] for rank in others if rank in after and after[rank].failure]
-        if failed:
-            text = "; ".join(f"{sign.who} failed: {sign.failure}" for sign in failed)
-            return Findings(text, True)
-        silent = [
-            rank
-            for rank in others
-            if rank not in after
-            or (rank in before and after[rank].beat == before[rank].beat and not after[rank].left)
-        ]
-        self._silent = silent
-        if silent:
-            text = "; ".join(self._say_silent(after.get(rank), rank) for rank in silent)
-            return Findings(text, True)
-        place, phase = _present.place, _present.waits_for
-        elsewhere = [
-            after[rank]
-            for rank in others
-            if not after[rank].left and (after[rank].place, after[rank].waits_for) != (place, phase)
-        ]
-        text = "; ".join(f"{sign.who} is alive in {sign.doing}" for sign in elsewhere)
-        return Findings(text, False)
+            self.clock.sleep(self.interval)
+        self.clock.sleep(self.interval)  # the last of them may be reading
 
     def _say_board_is_gone(self) -> str:
         if not self.is_hosted_by_rank_0:
-            return "the launcher is gone (it holds the board on which processes show their life)"
-        host = self._host_sign.who if self._host_sign is not None else "rank 0"
-        state = "gives no sign of life (stopped)" if self.board.is_silent else "is gone"
-        return f"{host} {state}: it holds the board on which processes show that they live"
-
-    def _say_silent(self, sign: Sign | None, rank: int) -> str:
-        if sign is None:
-            return f"rank {rank} never gave a sign of life"
-        return (
-            f"{sign.who} gives no sign of life (dead, or stopped for more than "
-            f"{_BEATS_OF_SILENCE * self.interval:.0f} s); last seen in {sign.doing}"
-        )
+            return "the launcher is gone (it holds the board of heartbeats)"
+        host = self._host_heartbeat.who if self._host_heartbeat is not None else "rank 0"
+        state = "does not answer (stopped)" if self.board.is_silent else "is gone"
+        return f"{host} {state}: it holds the board of heartbeats"
 
 
-_watch: Liveness | None = None
-
-
-def _outlive_launcher() -> None:
-    """Lets a process whose collective broke say why before it ends.
-
-    A launcher that lost a process asks the others to end within a tenth of a second, while this one
-    still closes its files; it is about to end by itself.
-    """
-    if _watch is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+_watchdog: Watchdog | None = None
 
 
 def start_watch(
@@ -357,18 +258,18 @@ def start_watch(
         timeout_seconds: longest phase of waiting.
         is_hosted_by_rank_0: whether the store lives and dies with rank 0, not with a launcher.
     """
-    global _watch
-    if _watch is None:
-        _watch = Liveness(store, rank, world_size, timeout_seconds, is_hosted_by_rank_0)
-        _watch.start()
+    global _watchdog
+    if _watchdog is None:
+        _watchdog = Watchdog(store, rank, world_size, timeout_seconds, is_hosted_by_rank_0)
+        _watchdog.start()
 
 
 def stop_watch() -> None:
     """Ends heartbeat and watch."""
-    global _watch
-    if _watch is not None:
-        _watch.stop()
-        _watch = None
+    global _watchdog
+    if _watchdog is not None:
+        _watchdog.stop()
+        _watchdog = None
 
 
 def report_failure(error: BaseException) -> str | None:
@@ -380,13 +281,14 @@ def report_failure(error: BaseException) -> str | None:
     Returns:
         A line that names other processes, if the error came from one of them; else None.
     """
-    if _watch is None:
+    if _watchdog is None:
         return None
-    if _present.broke_in is not None and isinstance(error, RuntimeError):
-        return _watch.explain(error)
-    _watch.publish_failure(_first_line(error))
+    if _watchdog.activity.broke_in is not None and isinstance(error, RuntimeError):
+        return _watchdog.explain(error)
+    _watchdog.publish_failure(first_line(error))
     return None
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says in one line, or its name where it says nothing."""
     return next(iter(str(error).strip().splitlines()), "") or repr(error)

@@ -1,292 +1,298 @@
-"""What one process says of the others, on a board in this process."""
+"""What one process says of the others, on a board in this process and by a clock of its own."""
 
 from __future__ import annotations
 
 import io
-import itertools
-import json
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import cast
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from megadlcm.parallel.watch import watchdog as liveness
-from megadlcm.parallel.watch.heartbeat import Sign, Store
-from megadlcm.parallel.watch.watchdog import EXIT_CODE, Liveness, arrive, doing
+from megadlcm.parallel.watch.activity import Activity, doing
+from megadlcm.parallel.watch.heartbeat import Heartbeat
+from megadlcm.parallel.watch.watchdog import EXIT_CODE, Watchdog
+from tests.support.fake_clock import FakeClock
 
-INTERVAL = 0.05
+INTERVAL = 1.0
 TIMEOUT = 5 * INTERVAL
-PATIENCE = 60.0
-MakeWatch = Callable[..., Liveness]
-ended: dict[Liveness, list[int]] = {}
-"""Exit codes with which a watch would have ended its process."""
+LONG = 8 * TIMEOUT
+WORLD_SIZE = 3
+
+
+class Ended(Exception):  # noqa: N818
+    """A watchdog ended its process."""
+
+
+class Run:
+    """Three processes on one board, of which those that live send a heartbeat at every tick."""
+
+    def __init__(self) -> None:
+        self.clock = FakeClock(INTERVAL)
+        self.store: Any = dist.HashStore()  # type: ignore[attr-defined]
+        self.activities = [Activity(self.clock) for _ in range(WORLD_SIZE)]
+        for activity in self.activities:
+            for place in ("step 5", "step 6", "step 7"):
+                activity.arrive(place)
+        self.watchdogs = [self.watchdog(rank) for rank in range(WORLD_SIZE)]
+
+    def watchdog(self, rank: int, timeout_seconds: float = TIMEOUT) -> Watchdog:
+        """The watchdog of a process; ending it raises, where the process would be gone."""
+
+        def end(code: int) -> None:
+            assert code == EXIT_CODE
+            raise Ended
+
+        activity = self.activities[rank]
+        return Watchdog(self.store, rank, WORLD_SIZE, timeout_seconds, activity=activity, end=end)
+
+    def lives(self, *ranks: int) -> None:
+        """These processes, and no others, send heartbeats from now on."""
+        self.clock.others = [self.watchdogs[rank].send_heartbeat for rank in ranks]
+
+    def shown(self, rank: int) -> Heartbeat:
+        """The last heartbeat of a process."""
+        heartbeats = self.watchdogs[rank].board.read()
+        assert heartbeats is not None
+        return heartbeats[rank]
+
+    def watch(self, watchdog: Watchdog, seconds: float) -> None:
+        """Lets time pass for a process that does not move."""
+        end = self.clock.now() + seconds
+        while self.clock.now() < end:
+            self.clock.sleep(INTERVAL)
+            watchdog.beat()
+
+    def waits_for_ever(
+        self, watchdog: Watchdog, what: str = "data parallel all-reduce", computes: bool = False
+    ) -> float:
+        """Stays in a phase until the watchdog ends the process; the seconds until then."""
+        began = self.clock.now()
+        activity = self.activities[watchdog.rank]
+        with pytest.raises(Ended), doing(what, computes, activity):
+            self.watch(watchdog, 100 * TIMEOUT)
+        return self.clock.now() - began
+
+    def breaks_in(self, watchdog: Watchdog, phase: str) -> str:
+        """Raises in a phase; the explanation."""
+        with (
+            pytest.raises(RuntimeError) as caught,
+            doing(phase, activity=self.activities[watchdog.rank]),
+        ):
+            raise RuntimeError("out of memory")
+        return watchdog.explain(caught.value)
 
 
 @pytest.fixture
-def make_watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeWatch]:
-    """Function(rank, **changes) -> the watch of a rank of 3 on one board, not started.
-
-    Ranks of one process share what the process does now, which is enough for heartbeats.
-    """
-    monkeypatch.setattr(liveness, "_present", liveness._Present("step 7", places=9))
+def run() -> Iterator[Run]:
     handler = signal.getsignal(signal.SIGTERM)
-    board = dist.HashStore()  # type: ignore[attr-defined]
-    made: list[Liveness] = []
-
-    def make(rank: int, timeout_seconds: float = TIMEOUT) -> Liveness:
-        watch = Liveness(
-            board, rank, 3, timeout_seconds, end=lambda code: ended[watch].append(code)
-        )
-        ended[watch] = []
-        watch.interval = INTERVAL
-        made.append(watch)
-        return watch
-
-    yield make
-    for watch in made:
-        if watch._thread.is_alive():
-            watch.stop()
+    yield Run()
     signal.signal(signal.SIGTERM, handler)
 
 
-def wait_for_end(watch: Liveness) -> None:
-    """Stays in the present phase until the watch ends it."""
-    deadline = time.monotonic() + PATIENCE
-    while not ended[watch] and time.monotonic() < deadline:
-        time.sleep(INTERVAL / 5)
-    watch.stop()
-    assert ended[watch][0] == EXIT_CODE
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a process said before it ended."""
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
 
 
-def show_once(watch: Liveness) -> None:
-    """A process that showed itself, and then never again."""
-    watch._publish()
-
-
-def sign_of(watch: Liveness) -> Sign:
-    """What the board shows of a rank."""
-    return Sign(**json.loads(watch.store.get(f"liveness/{watch.rank}")))
-
-
-def test_phases_nest_and_need_no_watch() -> None:
-    with doing("outer"):
-        outer = liveness._present.since
-        with doing("inner", computes=True):
-            assert (liveness._present.waits_for, liveness._present.computes) == ("inner", True)
-        assert (liveness._present.waits_for, liveness._present.computes) == ("outer", False)
-        assert liveness._present.since > outer  # what was inside is no part of the wait
-    assert liveness._present.waits_for is None and liveness._present.computes
-
-
-def test_only_the_silent_rank_is_named(
-    make_watch: MakeWatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    mine, living, silent = make_watch(1), make_watch(0, PATIENCE), make_watch(2)
-    show_once(silent)
-    living.start()
-    mine.start()
-    with doing("tensor parallel sum"):
-        wait_for_end(mine)
-    line = capsys.readouterr().err.splitlines()[0]
-    assert line.startswith("error: step 7: rank 1 (") and "in tensor parallel sum" in line
-    assert "rank 2 (" in line and "no sign of life" in line
+def test_only_the_silent_rank_is_named(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    _, mine, silent = run.watchdogs
+    silent.send_heartbeat()
+    run.lives(0)
+    waited = run.waits_for_ever(mine, "tensor parallel all-reduce")
+    assert TIMEOUT < waited <= 2 * TIMEOUT
+    line = said(capsys)
+    assert line.startswith("error: step 7: rank 1 (") and "in tensor parallel all-reduce" in line
+    assert f"longer than parallel.collective_timeout_seconds = {TIMEOUT:g}" in line
+    assert "rank 2 (" in line and "sends no heartbeat" in line
     assert "rank 0 (" not in line
+    assert run.shown(1).left
 
 
-def test_a_rank_that_never_came_is_named(make_watch: MakeWatch) -> None:
-    mine, other = make_watch(1), make_watch(0)
-    show_once(other)
-    assert "rank 2 never gave a sign of life" in mine._find_missing().text
+def test_a_rank_that_never_came_is_named(run: Run) -> None:
+    run.lives(0)
+    found = run.watchdogs[1].look_around()
+    assert found.is_certain and found.silent == (2,)
+    assert found.text == "rank 2 never sent a heartbeat"
 
 
-def test_computing_and_short_waits_are_no_reason_to_end(make_watch: MakeWatch) -> None:
-    mine, *others = make_watch(1), make_watch(0, PATIENCE), make_watch(2, PATIENCE)
-    for watch in [*others, mine]:
-        watch.start()
-    time.sleep(8 * TIMEOUT)  # a long step, an evaluation, a checkpoint
+def test_computing_and_short_waits_are_no_reason_to_end(run: Run) -> None:
+    mine = run.watchdogs[1]
+    run.lives(0, 2)
+    run.watch(mine, LONG)  # a long step, an evaluation, a checkpoint
     for _ in range(20):
-        with doing("sum"):
-            time.sleep(TIMEOUT / 5)
-    assert not ended[mine]
-    with doing("sum"):  # the same time in one piece: the watch does run
-        wait_for_end(mine)
+        with doing("barrier", activity=run.activities[1]):
+            run.watch(mine, TIMEOUT / 5)
+    run.waits_for_ever(mine, "barrier")  # the same time in one piece: the watch does run
 
 
-def test_those_who_come_late_are_not_accused(make_watch: MakeWatch) -> None:
+def test_those_who_come_late_are_not_accused(run: Run) -> None:
     """The wait is over while the board is being read."""
-    mine = make_watch(1)
-    began = liveness._present.since
-    with doing("sum"):
-        began = liveness._present.since
-    mine._end_waiting("sum", began)
-    assert not ended[mine]
+    mine = run.watchdogs[1]
+    began = run.clock.now()
+
+    def come() -> None:
+        if run.clock.now() == began + TIMEOUT + 2 * INTERVAL:
+            run.activities[1].arrive("step 8")
+
+    run.clock.others = [come]
+    with doing("barrier", activity=run.activities[1]):
+        run.watch(mine, TIMEOUT + 2 * INTERVAL)
+    assert run.activities[1].place == "step 8"
+    assert not run.shown(1).left
 
 
 def test_a_failure_elsewhere_ends_a_wait_before_its_timeout(
-    make_watch: MakeWatch, capsys: pytest.CaptureFixture[str]
+    run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    mine, failing = make_watch(1, 100 * PATIENCE), make_watch(2)
-    mine.start()
+    mine, failing = run.watchdog(1, 100 * TIMEOUT), run.watchdogs[2]
     failing.publish_failure("shard-000000.tar: damaged")
-    with doing("pipeline receive"):
-        wait_for_end(mine)
-    line = capsys.readouterr().err.splitlines()[0]
+    assert run.waits_for_ever(mine, "pipeline receive") < 3 * mine.interval
+    line = said(capsys)
     assert "rank 2 (" in line and "failed: shard-000000.tar: damaged" in line
     assert "collective_timeout_seconds" not in line
 
 
-def test_an_error_of_ones_own_in_a_collective_is_told_to_the_others(make_watch: MakeWatch) -> None:
+def test_an_error_of_ones_own_in_a_collective_is_told_to_the_others(run: Run) -> None:
     """Out of memory in a backward pass looks like a broken connection until the board is read."""
-    mine, *others = make_watch(1), make_watch(0, PATIENCE), make_watch(2, PATIENCE)
-    for other in others:
-        other.start()
-    mine._publish()
-    text = fail_in("backward pass", mine)
+    run.lives(0, 2)
+    text = run.breaks_in(run.watchdogs[1], "backward pass")
     assert "no process is missing" in text
-    failure = sign_of(mine).failure
+    failure = run.shown(1).failure
     assert failure is not None and "out of memory" in failure and "backward pass" in failure
 
 
-def test_the_error_of_a_broken_connection_names_who_is_gone(make_watch: MakeWatch) -> None:
-    mine, living, dead = make_watch(1), make_watch(0, PATIENCE), make_watch(2)
-    show_once(dead)
-    living.start()
-    mine._publish()
-    text = fail_in("data parallel sum", mine)
-    assert "lost its connection in data parallel sum; rank 2 (" in text
-    assert sign_of(mine).failure is None and sign_of(mine).left
+def test_the_error_of_a_broken_connection_names_who_is_gone(run: Run) -> None:
+    living, mine, dead = run.watchdogs
+    dead.send_heartbeat()
+    run.lives(0)
+    text = run.breaks_in(mine, "data parallel all-reduce")
+    assert "lost its connection in data parallel all-reduce; rank 2 (" in text
+    assert run.shown(1).failure is None and run.shown(1).left
     # whoever left because of another is not accused by the next
-    assert "rank 1 (" not in living._find_missing().text
+    found = living.look_around()
+    assert found.silent == (2,) and "rank 1 (" not in found.text
 
 
 def test_a_slow_backward_pass_is_no_reason_to_end_while_the_others_live(
-    make_watch: MakeWatch, capsys: pytest.CaptureFixture[str]
+    run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    mine, others = make_watch(1), [make_watch(0, PATIENCE), make_watch(2, PATIENCE)]
-    for other in others:
-        other.start()
-    mine.start()
-    with doing("backward pass", computes=True):
-        time.sleep(8 * TIMEOUT)
-        assert not ended[mine]
-        others[1]._stopped.set()  # and now one of them stops
-        wait_for_end(mine)
-    line = capsys.readouterr().err.splitlines()[0]
-    assert "in backward pass" in line and "; rank 2 (" in line and "no sign of life" in line
+    mine = run.watchdogs[1]
+    run.lives(0, 2)
+    with doing("backward pass", computes=True, activity=run.activities[1]):
+        run.watch(mine, LONG)
+        run.lives(0)  # and now one of them stops
+        with pytest.raises(Ended):
+            run.watch(mine, LONG)
+    line = said(capsys)
+    assert "has been" in line and "in backward pass" in line
+    assert "; rank 2 (" in line and "sends no heartbeat" in line
 
 
-def test_only_after_the_first_step_those_who_live_must_come_in_time(
-    make_watch: MakeWatch, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(liveness, "_present", liveness._Present())
-    mine, *others = make_watch(1), make_watch(0, PATIENCE), make_watch(2, PATIENCE)
-    for watch in [*others, mine]:
-        watch.start()
+def test_only_after_the_first_step_those_who_live_must_come_in_time(run: Run) -> None:
+    run.activities[1] = Activity(run.clock)
+    mine = run.watchdog(1)
+    run.lives(0, 2)
     for place in ("step 1", "step 2"):
-        with doing("broadcast"):
-            time.sleep(8 * TIMEOUT)
-            assert not ended[mine]
-        arrive(place)
-    with doing("broadcast"):
-        wait_for_end(mine)
+        with doing("broadcast", activity=run.activities[1]):
+            run.watch(mine, LONG)
+        run.activities[1].arrive(place)
+    run.waits_for_ever(mine, "broadcast")
 
 
-def test_who_ended_in_order_is_not_missed(make_watch: MakeWatch) -> None:
+def test_a_wait_among_the_living_says_where_they_are(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.lives(0, 2)
+    run.activities[2].arrive("evaluation after step 7")
+    with doing("barrier", activity=run.activities[0]):
+        run.waits_for_ever(run.watchdogs[1], "barrier")
+    line = said(capsys)
+    assert "is alive in evaluation after step 7, computing" in line
+    assert "rank 0 (" not in line  # it waits for the same
+
+
+def test_who_ended_in_order_is_not_missed(run: Run) -> None:
     """The last one may write for longer than the timeout after the others are done."""
-    mine, *others = make_watch(1), make_watch(0), make_watch(2)
-    for watch in [mine, *others]:
-        watch.start()
-    for other in others:
-        other.stop()
-    time.sleep(8 * TIMEOUT)
-    assert not ended[mine]
+    for other in (0, 2):
+        run.watchdogs[other].send_heartbeat()
+        run.watchdogs[other].stop()
+    run.watch(run.watchdogs[1], LONG)
+    assert not run.watchdogs[1].look_around().is_certain
 
 
-def test_ones_own_error_is_not_hidden_by_others_that_are_elsewhere(make_watch: MakeWatch) -> None:
+def test_ones_own_error_is_not_hidden_by_others_that_are_elsewhere(run: Run) -> None:
     """They wait for this process in some collective: that is not why it failed."""
-    mine, *others = make_watch(1), make_watch(0), make_watch(2)
-    is_over = threading.Event()
-
-    def show_that_they_wait() -> None:
-        for beat in itertools.count():
-            for other in others:
-                place = ("step 7", "data parallel sum")
-                other.board.show(Sign(other.rank, "host", 1, beat, *place, None, False))
-            if is_over.wait(INTERVAL):
-                return
-
-    thread = threading.Thread(target=show_that_they_wait)
-    thread.start()
-    mine._publish()
-    text = fail_in("backward pass", mine)
-    is_over.set()
-    thread.join()
-    assert "out of memory" in text
-    failure = sign_of(mine).failure
+    run.lives(0, 2)
+    for other in (0, 2):
+        doing("data parallel all-reduce", activity=run.activities[other]).__enter__()
+    assert "out of memory" in run.breaks_in(run.watchdogs[1], "backward pass")
+    failure = run.shown(1).failure
     assert failure is not None and "out of memory" in failure
 
 
-def test_a_board_that_answers_late_is_used_again(make_watch: MakeWatch) -> None:
-    """The host of the store was suspended for a while."""
-    watch = make_watch(1, PATIENCE)
-    answers = threading.Event()
-    board = watch.store
-
-    class Late:
-        def set(self, key: str, value: str) -> None:
-            answers.wait()
-            board.set(key, value)
-
-    watch.board.store = cast("Store", Late())
-    watch._publish()
-    assert watch.board.is_silent
-    assert not board.check(["liveness/1"])
-    answers.set()
-    deadline = time.monotonic() + PATIENCE
-    while watch.board.is_silent and time.monotonic() < deadline:
-        time.sleep(INTERVAL)
-    watch._publish()
-    assert sign_of(watch).beat == 2
-
-
-def test_who_looks_for_the_silent_is_not_silent_itself(make_watch: MakeWatch) -> None:
+def test_who_looks_for_the_silent_is_not_silent_itself(run: Run) -> None:
     """All of them look at the same time, because they waited for the same one."""
-    mine = make_watch(1)
-    mine._publish()
-    before = sign_of(mine).beat
-    mine._find_missing()
-    assert sign_of(mine).beat >= before + 3
+    mine = run.watchdogs[1]
+    mine.send_heartbeat()
+    before = run.shown(1).count
+    mine.look_around()
+    assert run.shown(1).count >= before + 3
 
 
-def test_a_closed_stderr_does_not_keep_a_process(
-    make_watch: MakeWatch, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_holds_the_board_keeps_it_until_the_others_know(run: Run) -> None:
+    host = run.watchdogs[0]
+    run.lives(1, 2)
+    leaving = run.clock.now() + 4 * INTERVAL
+
+    def leave() -> None:
+        if run.clock.now() == leaving:
+            for other in (1, 2):
+                run.watchdogs[other].stop()
+
+    run.clock.others.append(leave)
+    host.publish_failure("disk full")
+    assert run.clock.now() == leaving + INTERVAL
+    began = run.clock.now()
+    run.watchdogs[2].publish_failure("it is not its host")
+    assert run.clock.now() == began
+
+
+def test_a_closed_stderr_does_not_keep_a_process(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     class Closed(io.StringIO):
         def write(self, _: str) -> int:
             raise BrokenPipeError
 
-    mine = make_watch(1)
     monkeypatch.setattr(sys, "stderr", Closed())
-    mine.start()
-    with doing("sum"):
-        wait_for_end(mine)
+    run.waits_for_ever(run.watchdogs[1], "barrier")
 
 
-def fail_in(phase: str, watch: Liveness) -> str:
-    """Raises in a phase; returns the explanation."""
-    with pytest.raises(RuntimeError) as caught, doing(phase):
-        raise RuntimeError("out of memory")
-    return watch.explain(caught.value)
+def test_the_place_is_on_the_board(run: Run) -> None:
+    run.activities[1].arrive("evaluation after step 40")
+    with doing("run all-gather", activity=run.activities[1]):
+        run.watchdogs[1].send_heartbeat()
+    assert run.shown(1).doing == "evaluation after step 40, run all-gather"
 
 
-def test_the_place_is_on_the_board(make_watch: MakeWatch) -> None:
-    mine = make_watch(1)
-    arrive("evaluation after step 40")
-    with doing("gather"):
-        mine._publish()
-    assert sign_of(mine).doing == "evaluation after step 40, gather"
+def test_the_thread_does_so_by_the_clock_of_the_machine() -> None:
+    """Everything above, but for time: a started watch sends, watches and ends by itself."""
+    store: Any = dist.HashStore()  # type: ignore[attr-defined]
+    ended = threading.Event()
+    activity = Activity()
+    watchdog = Watchdog(
+        store, 1, 2, timeout_seconds=0.25, activity=activity, end=lambda _: ended.set()
+    )
+    watchdog.start()
+    assert activity.is_watched
+    with doing("barrier", activity=activity):
+        started = time.monotonic()
+        assert ended.wait(60.0)
+        assert time.monotonic() - started > 0.25
+    watchdog.stop()
+    assert not activity.is_watched
+    assert [thread.name for thread in threading.enumerate() if thread.name == "watchdog"] == []
