@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,16 @@ training:
   global_batch_size: 8
   micro_batch_size: 2
 """
+
+
+def pytest_configure() -> None:
+    """Lets no process of the tests take a core from another one the moment a message arrives.
+
+    A collective of four ranks on two cores is fifty such messages: it takes a fifth of the time.
+    Whatever is started from here inherits it; without a privilege nobody can take it back.
+    """
+    if hasattr(os, "SCHED_BATCH"):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 @pytest.fixture(scope="session")

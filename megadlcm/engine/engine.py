@@ -309,7 +309,7 @@ def build_engine(
     # for the whole run: DeepSpeed calls collectives by names that torch 2.13 deprecates
     warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
     with _quietly() as printed:
-        deepspeed = _import_deepspeed()
+        deepspeed = import_deepspeed()
         engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
@@ -341,12 +341,17 @@ def _quietly() -> Iterator[io.StringIO]:
         gc.unfreeze()
 
 
-def _import_deepspeed() -> Any:
+def import_deepspeed() -> Any:
+    """DeepSpeed without what its import and first use would compile."""
     import deepspeed
 
     # the operator only serves inference; compiling it needs a compiler and a lock that a killed
     # process leaves behind (not `import deepspeed.comm.torch`: that name is torch itself)
     backend: Any = import_module("deepspeed.comm.torch")
     backend.build_shm_op = lambda: None
+    # ZeRO imports Muon to ask whether the optimizer is one, and Muon decorates its kernels: that
+    # would import the whole of torch's compiler, at every start and for nothing
+    compiler: Any = import_module("deepspeed.runtime.compiler")
+    compiler.compile = lambda: compiler.dummy_decorator
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed

@@ -1,26 +1,44 @@
-"""Runs a function on several gloo processes, started the way torchrun starts them."""
+"""Runs a function on several gloo processes, which meet the way those of torchrun meet.
+
+The processes are forked by a server that has imported torch, DeepSpeed and the trainer once: the
+imports took three seconds of a core for each process. What a fork could hide is kept away from it
+and checked in `test_distributed`: the server has a single thread and knows of no process group, and
+each process draws seeds of its own. One thing differs: forked processes share the seed of Python's
+hashes, so that an order that comes from a set is the same on all of them. The tests in
+`tests/end_to_end` start real interpreters.
+"""
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import pickle
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
 
 from tests.support.paths import ROOT
 
 TIMEOUT_SECONDS = 300
 _GRACE_SECONDS = 5.0
 """How long the others may go on after one process failed: most of them then fail by themselves."""
-_POLL_SECONDS = 0.05
+_POLL_SECONDS = 0.02
 FAILED = ".failed"
+ON_THIS_MACHINE = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+"""What libraries read while they are imported; the same for every process."""
+PRELOADED = ("tests.support.preloaded",)
 
 
 class RankFailedError(AssertionError):
@@ -35,8 +53,6 @@ def run_distributed(
 ) -> list[Any]:
     """Calls a function on each rank of a run and returns what the ranks returned, in rank order.
 
-    A launch takes seconds, most of them for imports: let one function do many checks.
-
     Args:
         function: a function at the top of a module.
         world_size: how many processes.
@@ -50,14 +66,18 @@ def run_distributed(
         folder = Path(name)
         (folder / "call").write_bytes(pickle.dumps((function, arguments)))
         port = free_port()
-        processes = [_start(folder, rank, world_size, port) for rank in range(world_size)]
+        processes: list[ForkServerProcess] = []
         try:
+            for rank in range(world_size):
+                environment = os.environ | rank_environment(rank, world_size, port)
+                processes.append(fork(_run_rank, folder, rank, dict(environment)))
             _wait(processes, time.monotonic() + timeout_seconds)
-            ended = [process.poll() for process in processes]
+            ended = [process.exitcode for process in processes]
         finally:
             for process in processes:
                 process.kill()
-                process.wait()
+                process.join()
+                process.close()
         if any(ended):
             raise RankFailedError(_first_failure(folder, ended))
         if None in ended:
@@ -75,28 +95,55 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
         "LOCAL_RANK": str(rank),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-    }
+    } | ON_THIS_MACHINE
 
 
-def _start(folder: Path, rank: int, world_size: int, port: int) -> subprocess.Popen[bytes]:
-    environment = rank_environment(rank, world_size, port)
+def fork(function: Callable[..., None], *arguments: Any) -> ForkServerProcess:
+    """A process forked by the server of this session, which is started when it is first needed."""
+    context: ForkServerContext = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    with mock.patch.dict(os.environ, ON_THIS_MACHINE):
+        ensure_running()
+    process = context.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def _run_rank(folder: Path, rank: int, environment: dict[str, str]) -> None:
+    """The life of a rank: what an interpreter of its own would do from its start to its end."""
     with _path(folder, rank, ".log").open("wb") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "tests.support.distributed", str(folder)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            cwd=ROOT,
-            env=os.environ | environment,
-        )
+        become_own_process(environment, log.fileno(), log.fileno())
+    try:
+        function, arguments = pickle.loads((folder / "call").read_bytes())
+        result = function(*arguments)
+    except BaseException:
+        _path(folder, rank, FAILED).touch()
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # leaving the process group in order would wait for the other ranks
+    _path(folder, rank).write_bytes(pickle.dumps(result))
+    atexit._run_exitfuncs()  # a forked process ends without them: it would not leave its group
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], deadline: float) -> None:
+def become_own_process(environment: dict[str, str], stdout: int, stderr: int) -> None:
+    """Gives a forked process a session, an environment and outputs of its own."""
+    os.setsid()
+    os.dup2(stdout, 1)
+    os.dup2(stderr, 2)
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(environment)
+    # seeds that every interpreter takes from the system; Python's own draws anew by itself
+    torch.seed()
+    np.random.seed()
+
+
+def _wait(processes: list[ForkServerProcess], deadline: float) -> None:
     """Waits for the end of all, or for the deadline, which a failure brings nearer."""
     seen_failure = False
-    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-        if not seen_failure and any(process.poll() for process in processes):
+    while any(process.exitcode is None for process in processes) and time.monotonic() < deadline:
+        if not seen_failure and any(process.exitcode for process in processes):
             seen_failure = True
             deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
         time.sleep(_POLL_SECONDS)
@@ -124,22 +171,3 @@ def free_port() -> int:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
         return port
-
-
-def _main() -> int:
-    folder = Path(sys.argv[1])
-    try:
-        function, arguments = pickle.loads((folder / "call").read_bytes())
-        result = function(*arguments)
-    except BaseException:
-        _path(folder, int(os.environ["RANK"]), FAILED).touch()
-        traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)  # leaving the process group in order would wait for the other ranks
-    _path(folder, int(os.environ["RANK"])).write_bytes(pickle.dumps(result))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(_main())
