@@ -17,8 +17,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
-# a process for each core, one thread each: the tensors are tiny
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+# a process for each core, one thread each: the tensors are tiny; the order of tests/conftest.py
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile \
+	--no-loadscope-reorder --durations=15
 
 test: install
 	$(PYTEST)

@@ -172,7 +172,7 @@ def test_a_real_step_takes_as_much_as_the_formula_says(
         training={"micro_batch_size": 8, "global_batch_size": 16},
     )
     ((peak, num_concepts),) = run_distributed(
-        peak_of_second_step, 1, tiny_run(corpus, tmp_path / "warm"), config
+        peak_of_second_step, 1, tiny_run(corpus, tmp_path / "warm"), config, fresh=True
     )
     memory = estimate_memory(config, 1, on_gpu=False)
     activations = activation_bytes(config, 8 * 256, num_concepts, on_gpu=False)

@@ -3,9 +3,10 @@
 The processes are forked by a server that has imported torch, DeepSpeed and the trainer once: the
 imports took three seconds of a core for each process. What a fork could hide is kept away from it
 and checked in `test_distributed`: the server has a single thread and knows of no process group, and
-each process draws seeds of its own. One thing differs: forked processes share the seed of Python's
-hashes, so that an order that comes from a set is the same on all of them. The tests in
-`tests/end_to_end` start real interpreters.
+each process draws seeds of its own. Two things differ: forked processes share the seed of Python's
+hashes, so that an order that comes from a set is the same on all of them, and C libraries do not
+read the environment again. Where that matters, and in a test of every kind of layout, ranks are
+fresh interpreters.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.forkserver import ensure_running
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -50,6 +51,7 @@ def run_distributed(
     world_size: int,
     *arguments: Any,
     timeout_seconds: float = TIMEOUT_SECONDS,
+    fresh: bool = False,
 ) -> list[Any]:
     """Calls a function on each rank of a run and returns what the ranks returned, in rank order.
 
@@ -58,6 +60,7 @@ def run_distributed(
         world_size: how many processes.
         arguments: picklable.
         timeout_seconds: when the processes are killed.
+        fresh: whether each rank is an interpreter of its own, which takes seconds.
 
     Raises:
         RankFailedError: a process failed, or the time is over.
@@ -66,11 +69,12 @@ def run_distributed(
         folder = Path(name)
         (folder / "call").write_bytes(pickle.dumps((function, arguments)))
         port = free_port()
-        processes: list[ForkServerProcess] = []
+        processes: list[BaseProcess] = []
         try:
             for rank in range(world_size):
                 environment = os.environ | rank_environment(rank, world_size, port)
-                processes.append(fork(_run_rank, folder, rank, dict(environment)))
+                start = _start_interpreter if fresh else fork
+                processes.append(start(_run_rank, folder, rank, dict(environment)))
             _wait(processes, time.monotonic() + timeout_seconds)
             ended = [process.exitcode for process in processes]
         finally:
@@ -98,14 +102,25 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     } | ON_THIS_MACHINE
 
 
-def fork(function: Callable[..., None], *arguments: Any) -> ForkServerProcess:
+def fork(function: Callable[..., None], *arguments: Any) -> BaseProcess:
     """A process forked by the server of this session, which is started when it is first needed."""
-    context: ForkServerContext = multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
     with mock.patch.dict(os.environ, ON_THIS_MACHINE):
         ensure_running()
     process = context.Process(target=function, args=arguments)
     process.start()
+    return process
+
+
+def _start_interpreter(
+    function: Callable[..., None], folder: Path, rank: int, environment: dict[str, str]
+) -> BaseProcess:
+    """The same on an interpreter of its own, which finds its environment when it starts."""
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=function, args=(folder, rank, environment))
+    with mock.patch.dict(os.environ, environment):
+        process.start()
     return process
 
 
@@ -139,7 +154,7 @@ def become_own_process(environment: dict[str, str], stdout: int, stderr: int) ->
     np.random.seed()
 
 
-def _wait(processes: list[ForkServerProcess], deadline: float) -> None:
+def _wait(processes: list[BaseProcess], deadline: float) -> None:
     """Waits for the end of all, or for the deadline, which a failure brings nearer."""
     seen_failure = False
     while any(process.exitcode is None for process in processes) and time.monotonic() < deadline:

@@ -89,6 +89,8 @@ def measure_units(
     model, batch = probe_model(config, model), probe_batch(config, lengths)
     units = unit_ids(config.model)
     kept, before, num_concepts = {}, 0, 0
+    # a collection visits only what was made since: with the modules it takes a fifth of a second
+    gc.freeze()
     for count, unit in enumerate(units, start=1):
         live = LiveTensors(list(model.parameters()))
         with live:
@@ -101,6 +103,7 @@ def measure_units(
         kept[unit], before = num_bytes - before, num_bytes
         num_concepts = flow.layout.num_concepts if flow.layout else 0
         del root
+    gc.unfreeze()
     return Measured(kept, num_concepts, sum(lengths))
 
 

@@ -54,6 +54,7 @@ def look_around() -> dict[str, Any]:
         "random": (random.random(), float(np.random.random()), float(torch.rand(()))),
         "process": os.getpid(),
         "session": os.getsid(0),
+        "hash": hash("a"),
         "imported": "deepspeed" in sys.modules and "tests.support.preloaded" in sys.modules,
         # a lock that another thread held would stay locked for ever in what is forked
         "server tasks": len(os.listdir(f"/proc/{os.getppid()}/task")),
@@ -74,6 +75,13 @@ def test_a_forked_rank_finds_what_a_fresh_interpreter_finds() -> None:
         assert rank["accelerator"] == "cpu"
         assert rank["session"] == rank["process"]
     assert not set(first["random"]) & set(second["random"])  # as two interpreters
+
+
+def test_fresh_ranks_are_interpreters_of_their_own() -> None:
+    first, second = run_distributed(look_around, 2, fresh=True)
+    assert not first["imported"] and not second["imported"]
+    assert first["hash"] != second["hash"]
+    assert first["accelerator"] == "cpu"
 
 
 def test_a_variable_of_the_test_reaches_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
