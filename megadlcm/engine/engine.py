@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 OLDEST_DEEPSPEED = (0, 19, 8)
 FIRST_UNKNOWN_DEEPSPEED = (0, 20)
-_NORM_PIECE = 1 << 14
+_NORM_CHUNK = 1 << 14
 
 
 def deepspeed_dictionary(config: RunConfig, data_parallel_size: int) -> dict[str, Any]:
@@ -71,10 +71,12 @@ def deepspeed_dictionary(config: RunConfig, data_parallel_size: int) -> dict[str
         "train_batch_size": training.global_batch_size,
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
         "gradient_accumulation_steps": training.gradient_accumulation_steps(data_parallel_size),
+        # TrainingEngine.backward announces the last micro-batch; else `step` would be the end
         "managed_gradient_accumulation": True,
         "gradient_clipping": 0.0,  # TrainingEngine.clip_gradients does it
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,
+        # else bf16 gradients are added up in bf16, and more replicas would mean less precision
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "fp16": {"enabled": False},
@@ -88,9 +90,10 @@ def deepspeed_dictionary(config: RunConfig, data_parallel_size: int) -> dict[str
         },
         "torch_autocast": {"enabled": False},
         "zero_optimization": _zero_dictionary(config.parallel.zero_stage, bf16),
-        "zero_allow_untested_optimizer": True,
+        "zero_allow_untested_optimizer": True,  # it knows Adam only; runs take SGD too
         "zero_force_ds_cpu_optimizer": False,
         "activation_checkpointing": {"partition_activations": False, "cpu_checkpointing": False},
+        # the trainer measures and logs; each of these would do so again, and wait for the device
         "steps_per_print": None,
         "wall_clock_breakdown": False,
         "memory_breakdown": False,
@@ -117,7 +120,7 @@ def _zero_dictionary(stage: int, bf16: bool) -> dict[str, Any]:
         "ignore_unused_parameters": True,
         # ours is taken instead; these cannot do without their own
         "compute_grad_norm": stage in (0, 3) or (stage == 1 and bf16),
-        "elastic_checkpoint": False,
+        "elastic_checkpoint": False,  # checkpoints are ours
     }
 
 
@@ -164,6 +167,7 @@ class TrainingEngine:
     @property
     def zero_optimizer(self) -> Any | None:
         """DeepSpeed's partitioned optimizer around the torch one, if there is one."""
+        # at stage 0 in fp32 DeepSpeed hands back what it was given
         wrapper = self.deepspeed.optimizer
         return None if wrapper is self.optimizer else wrapper
 
@@ -200,7 +204,7 @@ class TrainingEngine:
             grad_norm: norm of the whole gradient, the same number on every process.
             max_grad_norm: the limit.
         """
-        factor = max_grad_norm / (grad_norm + 1e-6)
+        factor = max_grad_norm / (grad_norm + 1e-6)  # as torch's own clipping
         if max_grad_norm > 0.0 and factor < 1.0:
             for gradients in self._gradients():
                 if gradients:
@@ -234,12 +238,18 @@ class TrainingEngine:
         squares = torch.zeros(len(GROUPS), dtype=torch.float64, device=mesh.device)
         if self.zero_optimizer is None and mesh.data_parallel_rank > 0:
             return squares  # replicated: replica 0 speaks for all
+        # under ZeRO each replica holds a partition of its own, and each element is counted once
         for group, gradients in zip(self.optimizer.param_groups, self._gradients(), strict=True):
             if group["cut"] or mesh.tensor_parallel_rank == 0:
                 squares[GROUPS.index(group["mup_group"])] += square_sum(gradients, mesh.device)
         return squares
 
     def _gradients(self) -> list[list[Tensor]]:
+        """Gradients of each parameter group, or this replica's partition of them.
+
+        Where DeepSpeed keeps them between the last backward pass and the step is no interface of
+        it: each kind of its optimizers has a place and a form of its own.
+        """
         zero = self.zero_optimizer
         if zero is None:
             return [
@@ -248,11 +258,12 @@ class TrainingEngine:
             ]
         if hasattr(zero, "fp32_groups_gradient_flat_partition"):  # BF16_Optimizer
             return [[partition] for partition in zero.fp32_groups_gradient_flat_partition]
-        if hasattr(zero, "sub_group_to_group_id"):  # stage 3
+        if hasattr(zero, "sub_group_to_group_id"):  # stage 3, which splits groups that are large
             groups: list[list[Tensor]] = [[] for _ in self.optimizer.param_groups]
             for sub_group, gradients in zero.averaged_gradients.items():
                 groups[zero.sub_group_to_group_id[sub_group]].extend(gradients)
             return groups
+        # stages 1 and 2, as flat pieces
         return [
             list(zero.averaged_gradients[index])
             for index in range(len(self.optimizer.param_groups))
@@ -263,7 +274,7 @@ def square_sum(tensors: list[Tensor], device: torch.device) -> Tensor:
     """Sum of the squares of all elements.
 
     A CPU adds millions of fp32 squares one after the other and loses four digits of ten, which
-    would make the norm depend on how parameters are partitioned: there, pieces are added in fp64.
+    would make the norm depend on how parameters are partitioned: there, chunks are added in fp64.
 
     Args:
         tensors: fp32 or wider, of any shapes; may be empty.
@@ -275,7 +286,7 @@ def square_sum(tensors: list[Tensor], device: torch.device) -> Tensor:
     if not tensors:
         return torch.zeros((), dtype=torch.float64, device=device)
     if device.type == "cpu":
-        tensors = [piece for whole in tensors for piece in whole.flatten().split(_NORM_PIECE)]
+        tensors = [chunk for whole in tensors for chunk in whole.flatten().split(_NORM_CHUNK)]
     return torch.stack(torch._foreach_norm(tensors)).double().square().sum()
 
 
@@ -314,7 +325,7 @@ def build_engine(
             model=module,
             optimizer=optimizer,
             config=deepspeed_dictionary(config, mesh.data_parallel_size),
-            dist_init_required=False,
+            dist_init_required=False,  # `process_group` has done it, with a rendezvous that names
             mpu=ModelParallelUnit(mesh),
         )
     logger.debug("deepspeed.initialize said:\n%s", printed.getvalue())

@@ -36,6 +36,8 @@ def read_model(engine: TrainingEngine) -> dict[str, Tensor]:
     own = dict(engine.model.named_parameters())
     buffers = dict(_saved_buffers(engine.model))
     tensors = {}
+    # the names of the whole model in one order, also those of other stages: what follows is a
+    # collective for each, and processes in different orders would exchange different tensors
     for name, part in engine.partition.specs.items():
         value = None
         if name in own:
@@ -63,6 +65,7 @@ def write_model(engine: TrainingEngine, tensors: Mapping[str, Tensor]) -> None:
                 parameter.copy_(value)
             else:
                 _set(engine, parameter, value)
+        # under ZeRO only the fp32 masters are set by now
         _follow_masters(engine)
         for name, buffer in _saved_buffers(engine.model):
             buffer.copy_(tensors[name])
@@ -80,6 +83,7 @@ def read_optimizer(engine: TrainingEngine) -> dict[str, Tensor]:
     """
     _link_states(engine)
     own = {name: (parameter, owner) for name, parameter, owner in _owners(engine)}
+    # a stage without parameters knows no keys, and has to take part nevertheless
     held = [sorted(engine.optimizer.state.get(owner, {})) for _, owner in own.values()]
     keys = sorted(
         {key for keys in engine.mesh.gather_over_pipeline(held) for k in keys for key in k}
@@ -95,7 +99,7 @@ def read_optimizer(engine: TrainingEngine) -> dict[str, Tensor]:
                 state = engine.optimizer.state[owner]
                 partitioned = key != STEP_KEY and engine.zero_optimizer is not None
                 value = _get(engine, parameter, key) if partitioned else state[key]
-            if key == STEP_KEY:
+            if key == STEP_KEY:  # a count, the same on every process and never partitioned
                 part_of_key = dataclasses.replace(part, shape=torch.Size(()), dimension=None)
                 whole = _collect(engine, part_of_key, value)
             else:
@@ -116,6 +120,7 @@ def write_optimizer(engine: TrainingEngine, tensors: Mapping[str, Tensor]) -> No
     if not keys:
         return
     owners = list(_owners(engine))
+    # states of the right shapes first: DeepSpeed can write into places, and makes none by itself
     for name, _, owner in owners:
         engine.optimizer.state[owner] = {
             key: tensors[f"{name}.{key}"].to(owner.device).clone()
@@ -127,7 +132,7 @@ def write_optimizer(engine: TrainingEngine, tensors: Mapping[str, Tensor]) -> No
     for name, parameter, owner in owners:
         for key in keys:
             if key == STEP_KEY:
-                continue
+                continue  # set above
             value = _own_piece(engine, name, tensors[f"{name}.{key}"])
             if engine.zero_optimizer is None:
                 engine.optimizer.state[owner][key].copy_(value)
@@ -155,6 +160,7 @@ def _collect(engine: TrainingEngine, part: ShardSpec, value: Tensor | None) -> T
     mesh = engine.mesh
     if value is not None:
         value = value.detach()
+        # all of a group take part, and all replicas alike: their masters were collected just so
         if part.dimension is not None:
             value = all_gather_shards(value, part.dimension, mesh)
     if mesh.data_parallel_rank or mesh.tensor_parallel_rank:
@@ -186,9 +192,11 @@ def _owners(engine: TrainingEngine) -> Iterator[tuple[str, nn.Parameter, Tensor]
                 yield names[id(parameter)], parameter, parameter
         return
     if engine.zero_stage == 3:  # the torch groups are empty between steps
+        # "fp16" is the name of whatever precision the model has
         members, owners = zero.fp16_groups, zero.fp32_partitioned_groups_flat
     else:
         members = zero.bf16_groups if hasattr(zero, "bf16_groups") else zero.bit16_groups
+        # the flat partition has taken the place of the parameters in each group
         owners = [group["params"][0] for group in groups]
     for parameters, owner in zip(members, owners, strict=True):
         for parameter in parameters:

@@ -22,15 +22,12 @@ class ModelParallelUnit:
         return self.mesh.data_parallel_group
 
     def get_data_parallel_group_ranks(self) -> list[int]:
-        """Their ranks."""
         return dist.get_process_group_ranks(self.mesh.data_parallel_group)
 
     def get_data_parallel_rank(self) -> int:
-        """Which of them this process is."""
         return self.mesh.data_parallel_rank
 
     def get_data_parallel_world_size(self) -> int:
-        """How many they are."""
         return self.mesh.data_parallel_size
 
     def get_model_parallel_group(self) -> dist.ProcessGroup | None:
@@ -38,19 +35,17 @@ class ModelParallelUnit:
         return self.mesh.model_parallel_group
 
     def get_model_parallel_world_size(self) -> int:
-        """How many they are."""
         return self.mesh.tensor_parallel_size * self.mesh.pipeline_parallel_size
 
     def get_model_parallel_rank(self) -> int:
-        """0 where parameters that are not cut are counted."""
+        """0 where parameters that are not sharded are counted."""
+        # not the rank in the model parallel group: what later stages hold would never be counted
         return self.mesh.tensor_parallel_rank
 
     get_tensor_model_parallel_rank = get_model_parallel_rank
 
     def get_tensor_model_parallel_world_size(self) -> int:
-        """Processes that share a layer."""
         return self.mesh.tensor_parallel_size
 
     def get_tensor_model_parallel_group(self) -> dist.ProcessGroup | None:
-        """Those processes."""
         return self.mesh.tensor_parallel_group

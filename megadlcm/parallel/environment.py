@@ -91,6 +91,7 @@ def _default_port(environ: Mapping[str, str]) -> int:
 
 def first_host(node_list: str) -> str:
     """First host of a Slurm node list: `node[03-07,9],other` is `node03`."""
+    # the prefix, the first number inside of brackets as it is written, and what follows them
     match = re.match(r"([^,\[]*)(?:\[([0-9]+)[^\]]*\])?([^,\[]*)", node_list)
     return "".join(part or "" for part in match.groups()) if match else ""
 
@@ -132,5 +133,6 @@ def launcher_store() -> tuple[bool, str]:
 
     torchrun keeps the store in its agent, also when it starts the processes again.
     """
+    # the name keeps apart what an earlier start has left in that store
     by_rank_0 = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     return by_rank_0, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

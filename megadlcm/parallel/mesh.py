@@ -42,6 +42,7 @@ class Axis(NamedTuple):
         """One small picklable value of each process, in order."""
         if self.size == 1:
             return [value]
+        # pickled and sent twice, sizes first: for a few values at a time, never inside of a step
         values: list[Any] = [None] * self.size
         with doing(f"{self.name} all-gather"):
             dist.all_gather_object(values, value, group=self.group)
@@ -111,6 +112,7 @@ class ParallelMesh:
 
     def rank_of_stage(self, stage: int) -> int:
         """The process with this one's place in its layers and replicas, on another stage."""
+        # stages are the slowest axis of the ranks
         per_stage = self.tensor_parallel_size * self.data_parallel_size
         return stage * per_stage + self.rank % per_stage
 
@@ -127,7 +129,7 @@ class ParallelMesh:
     @property
     def pipeline(self) -> Axis:
         """Those with the same place on all stages."""
-        groups = self.pipeline_groups
+        groups = self.pipeline_groups  # both have the same members
         return Axis("pipeline", self.pipeline_parallel_size, groups[0] if groups else None)
 
     def sum_over_data_parallel(self, values: Tensor) -> Tensor:
@@ -139,6 +141,7 @@ class ParallelMesh:
 
         What the processes of a tensor parallel group know alike is counted on the first of them.
         """
+        # all take part nevertheless: a collective waits for every process of its group
         if self.tensor_parallel_rank:
             values.zero_()
         return self.sum_everywhere(values)

@@ -69,7 +69,7 @@ class TensorSeams(Seams):
         Raises:
             DisagreementError: `check_agreement`, and a process had decided otherwise.
         """
-        agreed = decisions.to(torch.uint8)
+        agreed = decisions.to(torch.uint8)  # back-ends differ in whether they send bools
         with doing("tensor parallel broadcast of boundaries"):
             dist.broadcast(agreed, src=dist.get_global_rank(self.group, 0), group=self.group)
         if self.check_agreement:

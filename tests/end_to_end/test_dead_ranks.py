@@ -19,7 +19,7 @@ from data_pipeline.shard_format.table import decode_table
 from tests.support.distributed import free_port, rank_environment
 from tests.support.train_processes import last_step, write_run_file
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(13)
 
 TIMEOUT = 4.0
 """parallel.collective_timeout_seconds of these runs."""

@@ -33,6 +33,8 @@ OFTEN = {"interval_steps": INTERVAL}
 # the evaluation between two checkpoints writes rows that a restart must not repeat either
 SECTIONS: dict[str, Any] = {"checkpoint": OFTEN, "evaluation": {"interval_steps": 5}}
 
+pytestmark = pytest.mark.slow(20)
+
 MakeRun = Callable[..., tuple[Path, Path]]
 
 
@@ -108,7 +110,6 @@ BF16 = {"training": training(precision="bf16", ratio_statistics="previous_step")
 PREVIOUS_STEP = {"training": training(micro_batch_size=4, ratio_statistics="previous_step")}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sections", "moments"),
     [
@@ -142,7 +143,6 @@ def test_a_run_killed_again_and_again_is_bit_equal_to_the_one_left_alone(
         assert float(model["boundary_detector.threshold"]) != 0.5  # there was something to lose
 
 
-@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_named_and_passed_over(
     make_run: MakeRun, left_alone: Path
 ) -> None:
@@ -162,7 +162,6 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(
     assert_every_step_is_there_once(folder)
 
 
-@pytest.mark.slow
 def test_another_seed_is_another_run(make_run: MakeRun, left_alone: Path) -> None:
     """The comparison above has teeth: rows, parameters and optimizer state all differ."""
     file, folder = make_run("reseeded", seed=1)

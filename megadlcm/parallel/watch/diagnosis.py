@@ -49,6 +49,7 @@ def find_missing(
     if silent:
         text = "; ".join(_say_silent(after.get(rank), rank, seconds) for rank in silent)
         return Findings(text, True, tuple(silent))
+    # all are alive: then the ones that matter are those that wait for something else
     here = (phase.place, phase.waits_for)
     elsewhere = [
         after[rank]

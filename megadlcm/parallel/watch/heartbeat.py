@@ -112,17 +112,18 @@ class Board:
         A store whose host is stopped never answers, whatever its timeout, and keeps the asking
         thread: so that is a thread of its own, and there is no second one until it is back.
         """
-        if self.is_silent:
+        if self.is_silent:  # asking again would leave one hanging thread at every heartbeat
             return None
         answers: list[_Answer] = []
 
         def run() -> None:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # the host is gone: no answer either
                 answers.append(ask())
 
         thread = threading.Thread(target=run, name="heartbeat board", daemon=True)
         thread.start()
         thread.join(timeout=self.patience)
+        # a late answer is dropped, but ends the silence
         self._unanswered = thread if thread.is_alive() else None
         return answers[0] if answers else None
 

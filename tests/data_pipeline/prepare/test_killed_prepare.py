@@ -118,7 +118,7 @@ def victims(tokenizer_file: Path, tmp_path: Path) -> list[tuple[PrepareOptions, 
     return pairs
 
 
-@pytest.mark.slow
+@pytest.mark.slow(40)
 def test_kills_change_no_byte(victims: list[tuple[PrepareOptions, int]], tmp_path: Path) -> None:
     """In every stage of the work, among them those between the earlier shards and the new ones."""
     draw, tally = random.Random(20261125), Tally()

@@ -64,6 +64,7 @@ def test_real_documents_have_the_tokens_of_an_encode_made_apart(name: str, tmp_p
 
 
 @needs_data
+@pytest.mark.slow(50)
 def test_two_epochs_of_all_training_documents_hold_every_token_twice(tmp_path: Path) -> None:
     """Each token of the vocabulary as often as in an encode made apart, in either epoch."""
     tokenizer = load_tokenizer(DATA / "tokenizer" / "gpt-neox-20b")

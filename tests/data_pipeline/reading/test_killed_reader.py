@@ -46,6 +46,7 @@ def read_until_killed(folder: Path, ranks: int, num_steps: int) -> list[tuple[in
     return [(int(first), digest) for first, digest in whole]
 
 
+@pytest.mark.slow(15)
 def test_a_stream_joined_from_killed_readers_is_the_undisturbed_one(
     data: DataConfig, tmp_path: Path
 ) -> None:

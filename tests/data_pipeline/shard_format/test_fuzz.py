@@ -169,6 +169,7 @@ def copy(sound: Path, tmp_path: Path) -> Iterator[Path]:
 OUTCOMES: Counter[str] = Counter()
 
 
+@pytest.mark.slow(45)
 @settings(
     max_examples=EXAMPLES,
     deadline=None,
