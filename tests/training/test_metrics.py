@@ -11,6 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
     EventAccumulator,
 )
+from tensorboard.summary.writer import event_file_writer  # type: ignore[import-untyped]
 
 from data_pipeline.errors import InputError
 from megadlcm.config import RunConfig
@@ -20,6 +21,14 @@ from megadlcm.training.metrics import MetricsWriter
 from tests.support.tiny_runs import read_rows, tiny_run
 
 MakeRun = Callable[..., RunConfig]
+
+
+@pytest.fixture(autouse=True)
+def count_event_files_from_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tenth of a process and a second would be read before the ninth: as text, 10 < 9."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
+
+
 GROUPS = {"embedding", "token", "concept", "boundary", "gain", "head"}
 # what the program promises for a training row
 STEP_KEYS = {
