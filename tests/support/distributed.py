@@ -106,7 +106,8 @@ def fork(function: Callable[..., None], *arguments: Any) -> BaseProcess:
     """A process forked by the server of this session, which is started when it is first needed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
-    with mock.patch.dict(os.environ, ON_THIS_MACHINE):
+    # the server does not get the search path of this process, and would import nothing elsewhere
+    with mock.patch.dict(os.environ, ON_THIS_MACHINE | {"PYTHONPATH": str(ROOT)}):
         ensure_running()
     process = context.Process(target=function, args=arguments)
     process.start()
