@@ -12,9 +12,6 @@ from megadlcm.config.rules import require_at_least, require_choice, require_posi
 Recompute = Literal["none", "selective", "block"]
 PipelinePlacement = Literal["linear", "folded"]
 
-BUCKET_ELEMENTS = 50_000_000
-"""Elements that ZeRO communicates at once; DeepSpeed's default would allocate 2 GB for them."""
-
 
 @dataclass(frozen=True)
 class ParallelConfig:
