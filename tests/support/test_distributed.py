@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.support import distributed
 from tests.support.distributed import RankFailedError, rank_environment, run_distributed
 from tests.support.paths import ROOT
 
@@ -109,7 +110,10 @@ def die(how: signal.Signals) -> None:
     time.sleep(60.0)
 
 
-def test_a_killed_rank_is_reported_and_takes_the_others_with_it() -> None:
+def test_a_killed_rank_is_reported_and_takes_the_others_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(distributed, "_GRACE_SECONDS", 0.5)
     started = time.monotonic()
     with pytest.raises(RankFailedError, match=r"(?s)rank 1 failed, exit code -9:.*about to die"):
         run_distributed(die, 2, signal.SIGKILL)
