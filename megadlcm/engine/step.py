@@ -92,15 +92,15 @@ def calibrate_boundaries(engine: TrainingEngine, config: RunConfig, batch: StepB
         The offset.
     """
     cosines: list[Tensor] = []
-
-    def keep(_: int, flow: Flow) -> None:
-        assert flow.boundary is not None
-        inner_T = flow.packing.position > 0  # a document's first token has no predecessor
-        cosines.append(flow.boundary.cosine_T[inner_T].cpu())
-
     batches = [to_device(packed, config, 0, engine.mesh.device) for packed in batch.micro_batches]
     offset = 0.0
     with engine.whole_model() as model:
+
+        def keep(_: int, flow: Flow) -> None:
+            assert isinstance(model, DLCM) and flow.hidden_TD is not None
+            inner_T = flow.packing.position > 0  # a document's first token has no predecessor
+            cosines.append(model.boundary_detector.cosine(flow.hidden_TD)[inner_T].cpu())
+
         engine.pipeline.forward(batches, keep, until="segmentation")
         if engine.pipeline.owns_segmentation:
             own = torch.cat(cosines).numpy()

@@ -44,8 +44,6 @@ class BoundaryOutput:
     """Boundary decision b, bool (T,)."""
     threshold_mask_T: Tensor
     """The decision that evaluation would take, bool (T,)."""
-    cosine_T: Tensor
-    """Cosine with the predecessor (T,); meaningless at document starts."""
 
 
 class WideLinear(Linear):
@@ -125,7 +123,7 @@ class BoundaryDetector(nn.Module):
         cosine_T = self.cosine(hidden_TD)
         if config.boundary_mode == "fixed":
             mask_T = fixed_boundaries(packing.position, config.target_tokens_per_concept)
-            return BoundaryOutput(mask_T.to(cosine_T.dtype), mask_T, mask_T, cosine_T)
+            return BoundaryOutput(mask_T.to(cosine_T.dtype), mask_T, mask_T)
         prob_T = boundary_probability(cosine_T, packing, self.offset)
         threshold_T = self._limited(threshold_boundaries(prob_T, packing, self.threshold), packing)
         mask_T = threshold_T
@@ -134,7 +132,7 @@ class BoundaryDetector(nn.Module):
             mask_T = self._limited(drawn_T, packing)
         # one flipped token would give the processes of a layer different numbers of concepts
         mask_T, threshold_T = self.seams.agree(torch.stack([mask_T, threshold_T])).unbind()
-        return BoundaryOutput(prob_T, mask_T, threshold_T, cosine_T)
+        return BoundaryOutput(prob_T, mask_T, threshold_T)
 
     def cosine(self, hidden_TD: Tensor) -> Tensor:
         """Cosine of each token with its predecessor, fp32 or wider (T,)."""

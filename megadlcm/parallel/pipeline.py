@@ -318,9 +318,7 @@ class Pipeline:
                 prob_T = self._receive(message).requires_grad_(needs_gradient)
                 passage.inputs["confidence"] = prob_T
         if decisions is not None:
-            boundary = BoundaryOutput(
-                prob_T, (decisions & 1).bool(), (decisions & 2).bool(), torch.zeros_like(prob_T)
-            )
+            boundary = BoundaryOutput(prob_T, (decisions & 1).bool(), (decisions & 2).bool())
             segment(flow, boundary, self.model.config.segment_align)
         return passage
 

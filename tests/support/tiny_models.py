@@ -91,15 +91,27 @@ def tiny_model(*, seed: int = 0, training: bool = False, **options: Any) -> DLCM
     assert isinstance(model, DLCM)
     perturb_gains(model, seed)
     tokens_T, cu_seqlens = pack(random_documents([40, 40, 40], seed=99))
-    with torch.no_grad():
-        boundary = model.boundaries(tokens_T, cu_seqlens)
-    inner = boundary.cosine_T[position_in_document(cu_seqlens) > 0]
+    inner = neighbour_cosines(model, tokens_T, cu_seqlens)
     if model.boundary_detector.calibrates:
         model.boundary_detector.calibrate(inner)
     if model.boundary_detector.tracks_threshold:
         model.boundary_detector.threshold.fill_(float(((1 - inner) / 2).quantile(0.6)))
     model.train(training)
     return model
+
+
+@torch.no_grad()
+def neighbour_cosines(model: DLCM, tokens_T: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The detector's cosines of the tokens that have a predecessor."""
+    hidden: list[Tensor] = []
+    hook = model.boundary_detector.register_forward_pre_hook(
+        lambda _module, inputs: hidden.append(inputs[0])
+    )
+    try:
+        model.boundaries(tokens_T, cu_seqlens)
+    finally:
+        hook.remove()
+    return model.boundary_detector.cosine(hidden[0])[position_in_document(cu_seqlens) > 0]
 
 
 @torch.no_grad()
