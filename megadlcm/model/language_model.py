@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megadlcm.config import ModelConfig
+from megadlcm.config.kernels import AttentionBackend
 from megadlcm.model.output import ModelOutput
 from megadlcm.model.seams import WHOLE, Seams, is_own_token
 from megadlcm.model.transformer import Linear, Stack
@@ -36,7 +37,9 @@ class Embedding(nn.Embedding):
         return self.seams.sum_from_layer(found_TD * own_T.unsqueeze(1))
 
 
-def attention_backend(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
+def attention_backend(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> AttentionBackend:
     """Finds the attention back-end of a model before it is built; see `choose_backend`."""
     head_sizes = [config.token_head_size]
     if config.architecture == "dlcm":
@@ -89,7 +92,7 @@ class LanguageModel(nn.Module, ABC):
         """Puts parts of the vocabulary together; None if this process holds all of it."""
         return None if self.seams is WHOLE else self.seams
 
-    def backend(self) -> str:
+    def backend(self) -> AttentionBackend:
         """The attention back-end in use, with `auto` resolved for the weights' device and type."""
         weight = next(self.parameters())
         dtype = weight.dtype

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megadlcm.config.kernels import backend_candidates
 from megadlcm.model.language_model import LanguageModel
 from megadlcm.model.output import ModelOutput
 
@@ -86,7 +87,8 @@ def _widenings(model: LanguageModel) -> list[AbstractContextManager[None]]:
     weights = list(model.parameters())
     if all(weight.dtype.itemsize > 2 for weight in weights):
         return [nullcontext()]
-    if model.config.attention_backend not in ("auto", "reference"):
+    backends = backend_candidates(model.config.attention_backend).values()
+    if not any("float32" in backend.dtypes or not backend.dtypes for backend in backends):
         return [nullcontext()]
     return [nullcontext(), _Wide(weights)]
 

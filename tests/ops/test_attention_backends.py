@@ -29,8 +29,8 @@ def make_gpu(monkeypatch: pytest.MonkeyPatch) -> MakeGpu:
 
     def make(capability: tuple[int, int] = (9, 0), flash: bool = True, varlen: bool = True) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
-        monkeypatch.setattr(attention, "_has_flash_attn", lambda: flash)
-        monkeypatch.setattr(attention, "_has_varlen", lambda: varlen)
+        installed = {"flash_attn": flash, "torch.nn.attention.varlen": varlen, "": True}
+        monkeypatch.setattr(attention, "is_installed", installed.__getitem__)
 
     return make
 
