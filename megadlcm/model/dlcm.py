@@ -8,7 +8,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from megadlcm.config import ModelConfig
-from megadlcm.model.chunking import BoundaryDetector, BoundaryOutput, ConceptPool, ConceptReader
+from megadlcm.model.boundary_detector import BoundaryDetector, BoundaryOutput
+from megadlcm.model.chunking import ConceptPool, ConceptReader
 from megadlcm.model.language_model import LanguageModel
 from megadlcm.model.output import ModelOutput
 from megadlcm.model.transformer import Stack, StackShape

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megadlcm.model.chunking import BoundaryOutput
+from megadlcm.model.boundary_detector import BoundaryOutput
 from megadlcm.ops.cross_entropy import VocabularyPart, token_cross_entropy
 from megadlcm.ops.packing import Packing
 from megadlcm.ops.segments import ConceptLayout

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megadlcm.model.chunking import BoundaryOutput
+from megadlcm.model.boundary_detector import BoundaryOutput
 from megadlcm.model.dlcm import DLCM
 from megadlcm.model.language_model import LanguageModel
 from megadlcm.model.output import ModelOutput

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megadlcm.config.kernels import SMOOTHING_CHUNK
 from megadlcm.ops.packing import Packing
 
-_CHUNK = 64
 MIN_WEIGHT = 1e-4
 
 
@@ -26,11 +26,33 @@ def exponential_smoothing(concept_MC: Tensor, weight_M: Tensor, packing: Packing
         (M, C) in the dtype of `concept_MC`.
     """
     wide = torch.promote_types(concept_MC.dtype, torch.float32)
-    weight_M = weight_M.to(wide).clamp(MIN_WEIGHT, 1.0 - MIN_WEIGHT)
+    weight_M = _clamped(weight_M.to(wide))
     first_M = packing.position == 0
     weight_M = torch.where(first_M, torch.ones_like(weight_M), weight_M)
     smooth = linear_recurrence(weight_M.unsqueeze(1) * concept_MC.to(wide), 1.0 - weight_M)
     return smooth.to(concept_MC.dtype)
+
+
+def smoothing_step(concept_1C: Tensor, weight: Tensor, previous_1C: Tensor | None) -> Tensor:
+    """The same for the next concept of one document.
+
+    Args:
+        concept_1C: z_k (1, C).
+        weight: P_k, scalar.
+        previous_1C: z~_(k-1), from this function; None at a document's first concept.
+
+    Returns:
+        z~_k (1, C) in fp32 or wider: in bf16 a small step would be lost in what is carried on.
+    """
+    concept_1C = concept_1C.to(torch.promote_types(concept_1C.dtype, torch.float32))
+    if previous_1C is None:
+        return concept_1C
+    weight = _clamped(weight.to(concept_1C.dtype))
+    return weight * concept_1C + (1.0 - weight) * previous_1C
+
+
+def _clamped(weight: Tensor) -> Tensor:
+    return weight.clamp(MIN_WEIGHT, 1.0 - MIN_WEIGHT)
 
 
 def linear_recurrence(input_MC: Tensor, decay_M: Tensor) -> Tensor:
@@ -48,10 +70,12 @@ def linear_recurrence(input_MC: Tensor, decay_M: Tensor) -> Tensor:
         y (M, C).
     """
     num_rows, width = input_MC.shape
-    num_chunks = -(-num_rows // _CHUNK)
-    padding = num_chunks * _CHUNK - num_rows
-    x_GKC = torch.nn.functional.pad(input_MC, (0, 0, 0, padding)).view(num_chunks, _CHUNK, width)
-    a_GK = torch.nn.functional.pad(decay_M, (0, padding)).view(num_chunks, _CHUNK)
+    num_chunks = -(-num_rows // SMOOTHING_CHUNK)
+    padding = num_chunks * SMOOTHING_CHUNK - num_rows
+    x_GKC = torch.nn.functional.pad(input_MC, (0, 0, 0, padding)).view(
+        num_chunks, SMOOTHING_CHUNK, width
+    )
+    a_GK = torch.nn.functional.pad(decay_M, (0, padding)).view(num_chunks, SMOOTHING_CHUNK)
     product_GKK = _decay_products(a_GK)
     within_GKC = product_GKK.to(input_MC.dtype) @ x_GKC
     if num_chunks > 1:

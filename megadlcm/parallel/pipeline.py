@@ -28,7 +28,7 @@ from torch import Tensor
 
 from megadlcm.config import RunConfig
 from megadlcm.model import LanguageModel
-from megadlcm.model.chunking import BoundaryOutput
+from megadlcm.model.boundary_detector import BoundaryOutput
 from megadlcm.model.output import ModelOutput
 from megadlcm.model.units import Flow, MicroBatch, run_units, segment, start_flow
 from megadlcm.parallel.collectives import rows_of_part
@@ -64,7 +64,7 @@ class Pipeline:
         units = {unit.name: chunk.index for chunk in self.chunks for unit in chunk.units}
         self.segmentation: int | None = units.get(SEGMENTATION)
         self.reader: int | None = units.get(READER)
-        self.sends_confidence = config.model.boundary_mode == "ema_ste"
+        self.sends_confidence = config.model.boundary.is_straight_through
         self._mailbox: dict[Message, Tensor] = {}
         self._expected: dict[int, deque[Message]] = {}
         self._sending: list[tuple[Any, Tensor]] = []

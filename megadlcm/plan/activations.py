@@ -26,11 +26,10 @@ import math
 from dataclasses import dataclass
 
 from megadlcm.config import ModelConfig, RunConfig
-from megadlcm.config.model import LEARNED_MODES
+from megadlcm.config.kernels import SMOOTHING_CHUNK, backend_candidates
 from megadlcm.plan.stages import READER, SEGMENTATION
 
 _FP32, _FP64, _INT64 = 4, 8, 8
-_SMOOTHING_CHUNK = 64
 STACKS = ("encoder", "backbone", "decoder")
 """Names of the stacks of blocks, which units of blocks begin with."""
 
@@ -68,10 +67,11 @@ def arithmetic_of(config: RunConfig, on_gpu: bool = True) -> Arithmetic:
     """
     parallel, half = config.parallel, config.training.precision == "bf16"
     size = parallel.tensor_parallel_size
+    backends = backend_candidates(config.model.attention_backend).values()
     return Arithmetic(
         element=element_size(config),
         fused=on_gpu,
-        kernels=on_gpu and half and config.model.attention_backend != "reference",
+        kernels=on_gpu and half and any(backend.attends_packed for backend in backends),
         split=size,
         rows=1.0 / size if parallel.sequence_parallel else 1.0,
     )
@@ -230,11 +230,15 @@ def _segmentation(
 ) -> float:
     """Norm and its output, detector in fp32, means of the segments, indices."""
     d, w = model.d_token, how.element
-    is_learned = model.boundary_mode in LEARNED_MODES
+    is_learned = model.boundary.is_learned
     size = (model.boundary_size or d) if is_learned else d
     # lengths of both vectors, raw and clamped, cosine, probability and decisions
-    detector = 0.0 if model.ratio_loss_detach_hidden and not is_learned else 7.0 * _FP32 + 4
-    if detector:
+    scored = model.boundary.decides_by == "score"
+    trains = scored and (is_learned or not model.ratio_loss_detach_hidden)
+    detector = 7.0 * _FP32 + 4 if trains else 0.0
+    if not scored:  # decisions, also as numbers
+        detector = _FP32 + 2
+    if trains:
         detector += _FP32 * 2 * size  # unit vectors
         if is_learned:
             detector += _FP32 * 2 * size  # vectors
@@ -267,7 +271,7 @@ def _reader(
     of_concept = (
         how.rows * how.norm(c) + how.norm(c) + w * c + rotation + how.norm(kv, kv_heads) / t
     )
-    if model.boundary_mode == "ema_ste":
+    if model.boundary.is_straight_through:
         of_token += w * d + _FP32
     smoothing = _smoothing(model, how, num_concepts)
     if how.kernels and model.concept_weighting == "count":
@@ -282,16 +286,16 @@ def _reader(
 
 def _smoothing(model: ModelConfig, how: Arithmetic, num_concepts: float) -> float:
     """The small matrices that smooth a chunk of concepts, and the chunks of chunks."""
-    if model.smoothing == "none" or model.boundary_mode == "fixed":
+    if not model.smooths:
         return 0.0
-    rows, c, trains_weights = num_concepts, model.d_concept, model.boundary_mode == "ema_ste"
+    rows, c, trains_weights = num_concepts, model.d_concept, model.boundary.is_straight_through
     kept = num_concepts * (_FP32 + (_FP32 * (c + 1) + 1 if trains_weights else 0))
     while True:
-        num_chunks = math.ceil(rows / _SMOOTHING_CHUNK)
-        filled = num_chunks * _SMOOTHING_CHUNK
-        kept += _FP32 * _SMOOTHING_CHUNK * filled
+        num_chunks = math.ceil(rows / SMOOTHING_CHUNK)
+        filled = num_chunks * SMOOTHING_CHUNK
+        kept += _FP32 * SMOOTHING_CHUNK * filled
         if trains_weights:  # also what they are multiplied with, and their products in fp64
-            kept += filled * (_FP32 * c + (_FP64 + 1) * (_SMOOTHING_CHUNK + 1))
+            kept += filled * (_FP32 * c + (_FP64 + 1) * (SMOOTHING_CHUNK + 1))
             kept += num_chunks * (_FP32 * c + _FP64) if num_chunks > 1 else 0
         if how.element == _FP32 and rows == num_concepts:  # the result is kept with its filling
             kept += _FP32 * c * (filled - num_concepts)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megadlcm.config import ModelConfig, RunConfig
+from megadlcm.config.training import OPTIMIZERS
 from megadlcm.plan.activations import (
     arithmetic_of,
     element_size,
@@ -20,7 +21,6 @@ from megadlcm.plan.activations import (
 from megadlcm.plan.stages import READER, SEGMENTATION, Unit, model_units
 
 _FP32 = 4
-_MOMENTS = {"adamw": 2, "sgd": 0}
 _BUCKET_BYTES = 50_000_000 * _FP32
 """Elements of DeepSpeed's bucket, see `training.engine`, in fp32."""
 
@@ -100,7 +100,7 @@ def estimate_memory(
         return num_parameters * num_bytes / (data_parallel_size if stage >= shared_from else 1)
 
     master = _FP32 if stage >= 1 else 0
-    moments = _MOMENTS[config.optimizer.name] * _FP32
+    moments = OPTIMIZERS[config.optimizer.name].num_moments * _FP32
     tokens = config.training.micro_batch_size * config.data.seq_len
     ratio = config.model.target_tokens_per_concept
     return MemoryEstimate(

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megadlcm.config import RunConfig
-from megadlcm.config.model import GLOBAL_RATIO_MODES
 from megadlcm.plan.activations import STACKS, element_size, stack_widths
 from megadlcm.plan.memory import whole_parameters
 from megadlcm.plan.stages import READER, SEGMENTATION, Chunk, Unit
@@ -70,8 +69,7 @@ def counts_first(config: RunConfig, micro_batches: int) -> bool:
         micro_batches: micro-batches of one replica in a step.
     """
     return (
-        config.model.architecture == "dlcm"
-        and config.model.boundary_mode in GLOBAL_RATIO_MODES
+        config.model.boundary.ratio_over == "step"
         and config.training.ratio_loss_weight != 0
         and config.training.ratio_statistics == "same_step"
         and micro_batches > 1
@@ -127,7 +125,7 @@ def pipeline_edges(
     model, parallel, w = config.model, config.parallel, element_size(config)
     cut = parallel.tensor_parallel_size if parallel.sequence_parallel else 1
     skip = num_tokens * model.d_token * w
-    if model.boundary_mode == "ema_ste":
+    if model.boundary.is_straight_through:
         skip += num_tokens * _FP32  # scores that have a gradient
     where = {unit.name: chunk for chunk in chunks for unit in chunk.units}
     ends = (where[SEGMENTATION], where[READER]) if SEGMENTATION in where else None

@@ -15,7 +15,7 @@ from torch import Tensor
 from data_pipeline.tokenizer import load_tokenizer
 from megadlcm.config import MupConfig, load_config
 from megadlcm.model import DLCM, build_model
-from megadlcm.model.chunking import BoundaryDetector
+from megadlcm.model.boundary_detector import BoundaryDetector
 from megadlcm.model.output import ModelOutput
 from megadlcm.ops.boundary import (
     BoundarySampling,
@@ -254,7 +254,7 @@ def test_the_tracked_threshold_reaches_the_quantile_that_gives_the_ratio() -> No
         start = float(detector.threshold) - quantile
         assert abs(output.mask_T.double().mean() * 4 - 1) > 0.3, "starts away from its target"
         for step in range(1, 41):
-            detector.track_threshold(probability_histogram(output.prob_T, packing))
+            detector.track_threshold(probability_histogram(output.prob_T, packing.position))
             left = float(detector.threshold) - quantile
             assert abs(left - start * 0.9**step) < 2e-3
         mask_T = detector(hidden_TD, packing, sampling).mask_T

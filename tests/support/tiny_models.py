@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megadlcm.config import ModelConfig, MupConfig
 from megadlcm.model import DLCM, build_model
-from megadlcm.model.chunking import BoundaryOutput
+from megadlcm.model.boundary_detector import BoundaryOutput
 from megadlcm.ops.boundary import BoundarySampling
 from megadlcm.ops.packing import Packing
 
