@@ -44,8 +44,7 @@ def apply_learning_rates(optimizer: Optimizer, factor: float) -> None:
 
 
 def learning_rates(optimizer: Optimizer) -> dict[str, float]:
-    """Current learning rate of each muP group; of a steered group that of its gradient steps."""
+    """Current learning rate of each muP group; a steered group has a step size instead of one."""
     return {
-        group["mup_group"]: group["lr"] / group["eps"] if group["steered"] else group["lr"]
-        for group in optimizer.param_groups
+        group["mup_group"]: group["lr"] for group in optimizer.param_groups if not group["steered"]
     }

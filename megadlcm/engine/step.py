@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,6 +43,8 @@ class StepResult:
     """Norm of the whole gradient before clipping."""
     group_grad_norms: dict[str, float]
     """The same for each muP group."""
+    boundary_step_size: float | None = None
+    """How far the detector's projections move for a gradient of 1; None where not steered."""
 
 
 def to_device(
@@ -150,7 +152,8 @@ class TrainStep:
         totals = self._totals(micro_batches, state)
         stats = self._gradients(micro_batches, totals)
         result = self._audit(stats, batch, state)
-        self._steer(result, stats, totals, state)
+        if steers_detector(self.config):
+            result = self._steer(result, stats, totals, state)
         self.engine.clip_gradients(result.grad_norm, self.config.training.max_grad_norm)
         if not self.engine.step():
             raise NonFiniteError(self._message("DeepSpeed skipped the step", batch, state))
@@ -230,24 +233,23 @@ class TrainStep:
 
     def _steer(
         self, result: StepResult, stats: StepStats, totals: StepTotals, state: TrainState
-    ) -> None:
-        """Sets the rate with which this step's ratio loss moves the boundary detector.
+    ) -> StepResult:
+        """Sets the size of the step that this step's ratio loss makes with the boundary detector.
 
         Every stage computes it, so that their states stay the same.
         """
-        if not steers_detector(self.config):
-            return
         used = totals.boundary_fraction
         fraction = result.summary.boundary_fraction
         if used is not None and self.config.training.ratio_statistics == "previous_step":
             fraction = float(used)
         assert stats.prob_histogram is not None
-        rate = self.controller.step_size(
+        step_size = self.controller.step_size(
             fraction, stats.prob_histogram.cpu(), result.group_grad_norms["boundary"], state
         )
         for group in self.engine.optimizer.param_groups:
             if group["steered"]:
-                group["lr"] = self.controller.adamw_rate(rate, result.grad_norm)
+                group["lr"] = self.controller.adamw_rate(step_size, result.grad_norm)
+        return replace(result, boundary_step_size=step_size)
 
     def _message(self, problem: str, batch: StepBatch, state: TrainState) -> str:
         own = [sample for packed in batch.micro_batches for sample in packed.sample_ids]

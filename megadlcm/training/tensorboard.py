@@ -19,6 +19,7 @@ _SCALARS = {
     "tokens_per_concept_threshold": "concepts/tokens_per_concept_threshold",
     "near_half_fraction": "concepts/near_half_fraction",
     "grad_norm": "grad_norm/total",
+    "boundary_step_size": "detector/step_size",
     "tokens_per_second": "throughput/tokens_per_second",
     "model_flops_utilization": "throughput/model_flops_utilization",
     "step_seconds": "time/step_seconds",
