@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadlcm.config import ModelConfig, MupConfig
+from megadlcm.config import ModelConfig, MupConfig, boundary_modes
 from megadlcm.model import DLCM, build_model
 from megadlcm.model.boundary_detector import BoundaryOutput
 from megadlcm.ops.boundary import BoundarySampling
 from megadlcm.ops.packing import Packing
 
 VOCAB_SIZE = 48
-BOUNDARY_MODES = ("learned_global", "learned_local", "rule", "fixed", "ema_ste")
+BOUNDARY_MODES = tuple(boundary_modes.BOUNDARY_MODES)
 ALIGNS = ("end", "start_shift")
 WEIGHTINGS = ("count", "uniform")
 SMOOTHINGS = ("ema", "none")

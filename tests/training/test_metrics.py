@@ -187,7 +187,7 @@ def test_rows_have_every_promised_key(run_folder: Path) -> None:
         assert row.keys() >= STEP_KEYS
         assert row["grad_norm_by_group"].keys() == GROUPS
         assert row["learning_rate"].keys() == GROUPS - {"boundary"}
-        assert 0.0 < min(row["learning_rate"].values())
+        assert min(row["learning_rate"].values()) > 0.0
         assert max(row["learning_rate"].values()) <= 1e-3
         assert len(bytes.fromhex(row["batch_digest"])) >= 16
         assert row["consumed_samples"] == 4 * row["step"]
