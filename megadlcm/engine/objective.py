@@ -90,6 +90,7 @@ class StepSummary:
     @classmethod
     def from_sums(cls, sums: Sequence[float]) -> StepSummary:
         """Names the entries of `StepStats.sums` after they were copied to the host."""
+        # not strict: the histogram follows the scalars
         scalars = dict(zip(SUMS, sums, strict=False))
         return cls(**scalars, concept_lengths=[int(count) for count in sums[len(SUMS) :]])
 
@@ -156,6 +157,7 @@ class Objective:
         self.traits = config.model.boundary
         self.target = config.model.target_tokens_per_concept
         self.ratio_loss_weight = config.training.ratio_loss_weight
+        # it is summed over the run each step, so only where something reads it
         self.keeps_histogram = self.traits.is_steered or config.model.tracks_threshold
         # gradients are divided by it; see the module's docstring
         self.averaged_over = mesh.data_parallel_size
@@ -179,6 +181,7 @@ class Objective:
             The loss, scaled so that averages over replicas give the mean over the step, and sums.
         """
         loss_T = output.token_losses(labels_T)
+        # a share of the step's tokens, not a mean of these: micro-batches need not be equally long
         loss = loss_T.sum() * (self.averaged_over / totals.num_tokens)
         return MicroBatchResult(loss, self._stats(output, loss_T.detach()))
 
@@ -197,6 +200,7 @@ class Objective:
         """
         if self.ratio_loss_weight == 0.0:
             return None
+        # may be an all-reduce: every replica comes here, also without a gradient
         slope_T = self._ratio_slope(boundary, packing, totals)
         if slope_T is None or not boundary.prob_T.requires_grad:
             return None
@@ -213,6 +217,7 @@ class Objective:
         if self.traits.ratio_over == "document":
             document_T = packing.document_index()
             lengths = packing.cu_seqlens.diff().double()
+            # whole numbers in fp64: the order of the additions leaves no trace
             counts = torch.zeros_like(lengths)
             counts.index_add_(0, document_T, boundary.mask_T.double())
             return ratio_gradient_scale(counts / lengths, self.target)[document_T]
@@ -229,11 +234,13 @@ class Objective:
         histogram = None
         if self.keeps_histogram:
             histogram = torch.zeros(NUM_PROBABILITY_BINS, dtype=torch.int64, device=device)
+        # the shapes of the stage that has some: all of them take part in one all-reduce
         return StepStats(torch.zeros(NUM_SUMS, dtype=torch.float64, device=device), histogram)
 
     @torch.no_grad()
     def _stats(self, output: ModelOutput, loss_T: Tensor) -> StepStats:
         wide = torch.float64
+        # fp64: a step has millions of tokens, and layouts are compared to the last digits
         sums: dict[str, Tensor | int] = {
             "cross_entropy": loss_T.sum(dtype=wide),
             "num_tokens": loss_T.numel(),
@@ -245,6 +252,7 @@ class Objective:
             "boundary_prob": boundary.prob_T.sum(dtype=wide),
             "num_boundaries": boundary.mask_T.sum(dtype=wide),
             "num_threshold_boundaries": boundary.threshold_mask_T.sum(dtype=wide),
+            # how many decisions the arithmetic of another layout could flip
             "num_near_half": ((boundary.prob_T - 0.5).abs() < NEAR_HALF).sum(dtype=wide),
         }
         histogram = None
@@ -291,6 +299,7 @@ class TrainingForward(nn.Module):
         losses: list[Tensor] = []
         if "segmentation" in names:
             assert flow.boundary is not None
+            # here and not at the head, so that p needs no way back over the stages
             ratio = self.objective.ratio_loss(flow.boundary, flow.packing, totals)
             losses += [] if ratio is None else [ratio]
         if "lm_head" in names:

@@ -51,6 +51,7 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
         cut = bool(getattr(parameter, "tensor_model_parallel", False))
         members.setdefault((*_group_key(rules[name]), cut), []).append(parameter)
     groups = []
+    # a fixed order: flat buffers and checkpoints follow it, on every process alike
     for key in sorted(members, key=lambda key: (GROUPS.index(key[0]), key[1:])):
         group, learning_rate_scale, eps_scale, decays, cut = key
         peak = base_learning_rate(config.optimizer, group) * learning_rate_scale
@@ -61,6 +62,7 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
                 "mup_group": group,
                 "cut": cut,
                 "steered": steered,
+                # a steered group stands still until its controller has spoken
                 "peak_learning_rate": 0.0 if steered else peak,
                 "lr": 0.0 if steered else peak,
                 "eps": LINEAR_EPS if steered else config.optimizer.eps * eps_scale,

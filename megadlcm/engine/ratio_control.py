@@ -64,6 +64,7 @@ class RatioController:
         self.sharpening = config.model.sharpening
         # W_q and W_k start with orthonormal rows
         size = min(config.model.boundary_size or config.model.d_token, config.model.d_token)
+        # both matrices together then have the norm sqrt(2 size)
         self.max_move = _MAX_TURN * math.sqrt(2.0 * size)
 
     def step_size(
@@ -80,6 +81,7 @@ class RatioController:
         Returns:
             eta; 0 where there is nothing to step along.
         """
+        # a saturated detector: no step helps, and the averages must not learn from it
         if detector_norm <= 0.0:
             return 0.0
         slope = self.target * (self.target * boundary_fraction - 1.0) / (self.target - 1.0)
@@ -92,8 +94,10 @@ class RatioController:
             return 0.0
         sensitivity = state.detector_gradient_square / state.ratio_slope_square
         shift_per_slope = self.gain * (self.target - 1.0) / self.target**2
+        # by how much G must move for F to move by what is taken back
         shift_per_slope /= self._response(histogram)
         if slope:
+            # G moves by shift_per_slope times the slope
             shift_per_slope = min(shift_per_slope, _MAX_SHIFT / abs(slope))
         return min(shift_per_slope / (self.weight * sensitivity), self.max_move / detector_norm)
 
@@ -107,6 +111,7 @@ class RatioController:
         Returns:
             The rate of the boundary group.
         """
+        # AdamW will see a gradient that is shorter by max_grad_norm / grad_norm
         clipped = self.max_grad_norm and grad_norm > self.max_grad_norm
         return LINEAR_EPS * step_size * (grad_norm / self.max_grad_norm if clipped else 1.0)
 
@@ -120,7 +125,9 @@ class RatioController:
         share = 1.0 / self.target
         few, many = 0.5 * share, min(1.5 * share, 0.5 * (1.0 + share))
         above, below = (float(histogram_quantile(histogram, part)) for part in (few, many))
+        # probabilities in one bin are as far apart as the histogram can tell
         density = (many - few) / max(above - below, 1.0 / histogram.numel())
+        # sharpened p just above 0.5 less the one just below; 0 for the plain draw
         jump = 2.0 * 0.5 ** (1.0 / self.sharpening) - 1.0
         return jump * density + 1.0 / self.sharpening
 

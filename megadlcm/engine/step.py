@@ -65,6 +65,7 @@ def to_device(
     return DeviceBatch(
         torch.from_numpy(batch.tokens_T).to(device, non_blocking=True),
         torch.from_numpy(batch.cu_seqlens).to(device, non_blocking=True),
+        # the index in the global batch, so that no draw depends on the layout
         BoundarySampling(config.seed, step, token_index_T),
         torch.from_numpy(batch.labels_T).to(device, non_blocking=True),
     )
@@ -101,17 +102,20 @@ def calibrate_boundaries(engine: TrainingEngine, config: RunConfig, batch: StepB
         def keep(_: int, flow: Flow) -> None:
             assert isinstance(model, DLCM) and flow.hidden_TD is not None
             inner_T = flow.packing.position > 0  # a document's first token has no predecessor
+            # on the host, where they are gathered over the replicas and sorted
             cosines.append(model.boundary_detector.cosine(flow.hidden_TD)[inner_T].cpu())
 
         engine.pipeline.forward(batches, keep, until="segmentation")
         if engine.pipeline.owns_segmentation:
             own = torch.cat(cosines).numpy()
+            # cosines and not quantiles: that of the whole batch is no mean of the parts'
             everywhere = engine.mesh.gather_over_data_parallel(own)
             cosine = torch.cat([torch.from_numpy(part) for part in everywhere])
             assert isinstance(model, DLCM)
             model.boundary_detector.calibrate(cosine)
             offset = float(model.boundary_detector.offset)
     stage = engine.partition.stage_of("segmentation")
+    # the other stages hold no detector, and say the same number in their logs
     return float(engine.mesh.gather_over_pipeline(offset)[stage])
 
 
@@ -129,6 +133,7 @@ class TrainStep:
         self.objective: Objective = engine.deepspeed.module.objective
         self.controller = RatioController(config)
         parts = engine.partition.parts.values()
+        # of the whole model: rows have the same groups whatever a stage holds
         used = {group_of(part.name) for part in parts if part.is_parameter}
         self.groups = [group for group in GROUPS if group in used]
 
@@ -154,9 +159,11 @@ class TrainStep:
         result = self._audit(stats, batch, state)
         if steers_detector(self.config):
             result = self._steer(result, stats, totals, state)
+        # after steering, which wants the gradient as it is and makes up for what is cut off here
         self.engine.clip_gradients(result.grad_norm, self.config.training.max_grad_norm)
         if not self.engine.step():
             raise NonFiniteError(self._message("DeepSpeed skipped the step", batch, state))
+        # after the update: this step was decided by the threshold before
         self._track_threshold(stats)
         return result
 
@@ -175,6 +182,7 @@ class TrainStep:
 
     def _totals(self, micro_batches: list[DeviceBatch], state: TrainState) -> StepTotals:
         mesh = self.engine.mesh
+        # one all-reduce for tokens and boundaries
         counts = torch.tensor(
             [float(sum(batch.tokens_T.numel() for batch in micro_batches)), 0.0],
             dtype=torch.float64,
@@ -218,12 +226,15 @@ class TrainStep:
         """
         mesh = self.engine.mesh
         squares = self.engine.gradient_square_sums()  # each element counted on one process
+        # zeros from stages without the head: over the run and not over replicas alone
         sums = mesh.sum_over_run(stats.sums)
         numbers = torch.cat([sums, mesh.sum_everywhere(squares)]).tolist()
         if stats.prob_histogram is not None:
+            # in place: the controller and the threshold read it below
             mesh.sum_over_run(stats.prob_histogram)
         summary = StepSummary.from_sums(numbers[:NUM_SUMS])
         by_group = dict(zip(GROUPS, numbers[NUM_SUMS:], strict=True))
+        # one NaN or infinity survives every addition, so that one test finds them all
         if not math.isfinite(summary.cross_entropy + sum(by_group.values())):
             groups = [group for group, square in by_group.items() if not math.isfinite(square)]
             problem = f"loss {summary.loss}, non-finite gradients in {sorted(groups) or 'none'}"
@@ -239,6 +250,7 @@ class TrainStep:
         Every stage computes it, so that their states stay the same.
         """
         used = totals.boundary_fraction
+        # the F that made the slope of this step's loss: with `previous_step` that of the last one
         fraction = result.summary.boundary_fraction
         if used is not None and self.config.training.ratio_statistics == "previous_step":
             fraction = float(used)
@@ -254,6 +266,7 @@ class TrainStep:
     def _message(self, problem: str, batch: StepBatch, state: TrainState) -> str:
         own = [sample for packed in batch.micro_batches for sample in packed.sample_ids]
         everywhere = self.engine.mesh.gather_over_data_parallel(own)
+        # named, so that a bad document can be found
         samples = [sample for ids in everywhere for sample in ids]
         digest = global_batch_digest(self.engine, batch)
         return (

@@ -27,6 +27,7 @@ from megadlcm.ops.boundary import (
 )
 from megadlcm.ops.packing import Packing
 
+# slow: the quantile of one step is noise where batches are small
 _THRESHOLD_MOMENTUM = 0.9
 _PLACES: dict[str, Callable[[Tensor, ModelConfig], Tensor]] = {
     "every_r_tokens": lambda position_T, config: fixed_boundaries(
@@ -98,6 +99,7 @@ class BoundaryDetector(nn.Module):
         learned = config.boundary.is_learned
         self.w_q = WideLinear(config.d_token, size) if learned else None
         self.w_k = WideLinear(config.d_token, size) if learned else None
+        # buffers: saved with the weights, and moved by no optimizer
         self.register_buffer("offset", torch.zeros((), dtype=torch.float32))
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float32))
         self.reset_buffers()
@@ -147,6 +149,7 @@ class BoundaryDetector(nn.Module):
         prob_T, decided_T = self._score(hidden_TD, packing.position)
         mask_T = threshold_T = self._limited(decided_T)
         if self.training and traits.is_sampled:
+            # limited after the draw: a forced boundary must not depend on one that was not drawn
             drawn_T = sample_boundaries(prob_T, config.sharpening, sampling, packing.position)
             mask_T = self._limited(drawn_T)
         if traits.decides_by == "score":
@@ -165,11 +168,13 @@ class BoundaryDetector(nn.Module):
             Its probability and decision.
         """
         before = state.previous_1D
+        # a window of two rows, of which `_score` knows the second as it would among all
         rows_TD = hidden_1D if before is None else torch.cat((before, hidden_1D))
         start = state.position + 1 - len(rows_TD)
         position_T = torch.arange(start, state.position + 1, device=hidden_1D.device)
         prob_T, decided_T = self._score(rows_TD, position_T)
         limit = self.config.max_segment_tokens
+        # counted from the last boundary whoever made it: the multiples of `limit_segments`
         is_full = limit > 0 and state.since_boundary == limit
         is_boundary = is_full or bool(decided_T[-1])
         state.previous_1D, state.position = hidden_1D, state.position + 1
@@ -188,7 +193,9 @@ class BoundaryDetector(nn.Module):
     def cosine(self, hidden_TD: Tensor) -> Tensor:
         """Cosine of each token with its predecessor, fp32 or wider (T,)."""
         if self.config.ratio_loss_detach_hidden:
+            # below the projections, which still learn from the ratio loss
             hidden_TD = hidden_TD.detach()
+        # autocast would multiply in bf16 whatever the type of the states
         with torch.autocast(hidden_TD.device.type, enabled=False):
             wide_TD = hidden_TD.to(torch.promote_types(hidden_TD.dtype, torch.float32))
             if self.w_q is None or self.w_k is None:
@@ -207,6 +214,7 @@ class BoundaryDetector(nn.Module):
         """
         share = 1.0 / self.config.target_tokens_per_concept
         ordered = cosine.detach().flatten().double().sort().values
+        # p >= 0.5 where cos <= offset, so the offset is the cosine that a share 1/R does not exceed
         index = min(max(int(share * ordered.numel()) - 1, 0), ordered.numel() - 1)
         self.offset.fill_(float(ordered[index]))
 

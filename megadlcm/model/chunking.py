@@ -32,6 +32,7 @@ class PoolState:
 
     def add(self, hidden_1D: Tensor) -> None:
         """Takes a token into the segment."""
+        # a running sum in bf16 stops growing after a few hundred tokens
         wide_1D = hidden_1D.to(torch.promote_types(hidden_1D.dtype, torch.float32))
         self.sum_1D = wide_1D if self.sum_1D is None else self.sum_1D + wide_1D
         self.count += 1
@@ -89,6 +90,7 @@ class ConceptPool(nn.Module):
         return concept_1C
 
     def _close(self, state: PoolState) -> Tensor:
+        # emptied first: what is added next belongs to another segment
         sum_1D, count = state.sum_1D, state.count
         state.sum_1D, state.count = None, 0
         if sum_1D is None:
@@ -111,6 +113,7 @@ class ConceptReader(nn.Module):
         kv_width = config.token_kv_heads * self.head_size
         self.token_norm = RMSNorm(config.d_token, config.norm_eps)
         self.concept_norm = RMSNorm(config.d_concept, config.norm_eps)
+        # from two widths into one: heads have the size of the tokens'
         self.wq = Linear(config.d_token, config.d_token)
         self.wk = Linear(config.d_concept, kv_width)
         self.wv = Linear(config.d_concept, kv_width)
@@ -173,6 +176,7 @@ class ConceptReader(nn.Module):
         """Moving average over concepts; p has a gradient in straight-through modes only."""
         if not self.config.smooths:
             return concept_MC
+        # of the boundary that completes the concept, not of the one that begins it
         weight_M = prob_T.index_select(0, layout.boundary_position_M)
         if not self.config.boundary.is_straight_through:
             weight_M = weight_M.detach()
@@ -195,6 +199,7 @@ class ConceptReader(nn.Module):
         """Keys and values of the concepts at these places of their documents; (M, K, H) each."""
         normed_MC = self.seams.copy_to_layer(self.concept_norm(smooth_MC))
         key = self.wk(normed_MC).unflatten(-1, (-1, self.head_size))
+        # without a norm of heads and a rotation: only scores depend on sizes and places
         value = self.wv(normed_MC).unflatten(-1, (-1, self.head_size))
         return self._rotate(self.key_norm(key), place_M), value
 

@@ -109,6 +109,7 @@ class DLCM(LanguageModel):
     def _encode(
         self, tokens_T: Tensor, packing: Packing, sampling: BoundarySampling | None
     ) -> tuple[Tensor, BoundaryOutput]:
+        # by place: the same document draws the same boundaries wherever it is packed
         sampling = sampling or BoundarySampling(seed=0, step=0, token_index_T=packing.position)
         hidden_TD = self.encoder(self.token_embedding(tokens_T), packing, self.backend())
         return hidden_TD, self.boundary_detector(hidden_TD, packing, sampling)

@@ -50,6 +50,7 @@ def run_block(block: nn.Module, mode: str, *inputs: Any) -> Tensor:
         states: Tensor = block(*inputs)
         return states
     contexts: dict[str, Any] = {"context_fn": _selective_contexts} if mode == "selective" else {}
+    # not reentrant: only so may contexts choose what is kept
     recomputed: Tensor = checkpoint(
         block, *inputs, use_reentrant=False, preserve_rng_state=False, **contexts
     )

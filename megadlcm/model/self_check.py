@@ -68,6 +68,7 @@ def check_causality(
         RuntimeError: something before the changed token moved by more than rounding explains;
             the message names both positions.
     """
+    # a generator of its own: the run's random state stays as it was
     generator = torch.Generator().manual_seed(_SEED)
     vocab_size = model.config.vocab_size
     tokens_T = torch.randint(vocab_size, (tokens,), generator=generator)
@@ -118,6 +119,7 @@ def _probe(
     whole = torch.tensor([0, tokens], dtype=torch.int32, device=tokens_T.device)
     before = forward(tokens_T, whole)
     found = before and [_positions(before, tokens, count) for count in (_NUM_REPLACED, _NUM_CUTS)]
+    # every stage runs the same passes, so that none waits for another
     replaced, cuts = share(found)
     problems: list[str] = []
     for position in replaced:
@@ -176,6 +178,7 @@ def _compare(
             # where rounding moved a probability across the threshold, all that follows may differ
             if float(moved_T[stop]) == 0.0:
                 problems.append(_message(stop, position, f"{how}: boundary decision"))
+    # relative to all logits: those of a fresh model are tiny
     scale = before.logits_TV.double().square().mean().sqrt().clamp(min=1e-30)
     change_TV = (before.logits_TV[:stop] - after.logits_TV[:stop]).double()
     change_T = change_TV.square().mean(1).sqrt() / scale

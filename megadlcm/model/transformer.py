@@ -34,7 +34,6 @@ class StackShape:
 
     @property
     def head_size(self) -> int:
-        """Width of one attention head."""
         return self.width // self.num_heads
 
 
@@ -53,6 +52,7 @@ class KeyValueCache:
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Adds a row and returns all rows."""
+        # copies all rows each time: simple, and small beside the matrices at lengths decoded today
         self.keys = key if self.keys is None else torch.cat((self.keys, key))
         self.values = value if self.values is None else torch.cat((self.values, value))
         return self.keys, self.values
@@ -77,6 +77,7 @@ class RMSNorm(nn.Module):
         self.gain = nn.Parameter(torch.ones(width))
 
     def forward(self, states: Tensor) -> Tensor:
+        # a gain that is wider than the states would widen everything after it
         return F.rms_norm(states, self.gain.shape, self.gain.to(states.dtype), self.eps)
 
 
@@ -113,6 +114,7 @@ class Attention(nn.Module):
         )
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
+        # values are not rotated: places matter for scores only
         return rotate(query, rotary), rotate(key, rotary), value
 
     def forward(
@@ -157,6 +159,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """(T, D) to (T, D), of the rows that this process keeps."""
         seams, num_rows = self.seams, packing.num_rows
+        # normed before it is gathered: with sequence parallelism each process norms its own rows
         normed_TD = seams.to_layer(self.attention_norm(states_TD), num_rows)
         attended_TD = self.attention(normed_TD, rotary, packing, backend)
         states_TD = states_TD + seams.from_layer(attended_TD)
@@ -182,6 +185,7 @@ class Stack(nn.Module):
     def __init__(self, shape: StackShape) -> None:
         super().__init__()
         self.shape = shape
+        # by name: a stage that holds blocks 4 to 7 keeps their numbers in checkpoints
         self.blocks = nn.ModuleDict({str(i): Block(shape) for i in range(shape.num_layers)})
         self.norm = RMSNorm(shape.width, shape.norm_eps)
         self.recompute = "none"
@@ -210,6 +214,7 @@ class Stack(nn.Module):
         self, states_TD: Tensor, packing: Packing, backend: str, blocks: Sequence[int] | None = None
     ) -> Tensor:
         """Runs some of the blocks, by default all, on the rows that this process keeps."""
+        # once for all blocks, which keep it together for the backward pass
         rotary = self._rotation(packing.position, states_TD.dtype)
         # without a gradient nothing is kept that could be computed again
         mode = self.recompute if torch.is_grad_enabled() else "none"

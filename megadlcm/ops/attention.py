@@ -68,6 +68,7 @@ def choose_backend(
     Raises:
         ValueError: a back-end that was named cannot run here.
     """
+    # read once for each candidate
     head_sizes, missing = list(head_sizes), ""
     for candidate, needs in backend_candidates(name).items():
         missing = _missing(needs, device, dtype, head_sizes)
@@ -90,6 +91,7 @@ def _missing(
         kind = "a half-precision type" if halves else " or ".join(needs.dtypes)
         return f"{where} and {kind} (got {own_dtype})"
     if needs.capability > (0, 0):
+        # asks the driver: only where a row wants one, because a CPU has none
         found = torch.cuda.get_device_capability(device)
         if found < needs.capability:
             wanted = "{}.{}".format(*needs.capability)

@@ -39,8 +39,10 @@ def neighbour_cosine(query_TD: Tensor, key_TD: Tensor) -> Tensor:
         (T,), fp32 (fp64 for fp64 input).
     """
     wide = torch.promote_types(query_TD.dtype, torch.float32)
+    # normalised first: the product of two tiny lengths would underflow
     query_TD = F.normalize(query_TD.to(wide), dim=-1)
     key_TD = F.normalize(key_TD.to(wide), dim=-1)
+    # over the whole pack: the caller overwrites the pairs that span two documents
     cosine = (query_TD[:-1] * key_TD[1:]).sum(-1)
     return F.pad(cosine, (1, 0))
 
@@ -78,6 +80,7 @@ def sharpen(prob_T: Tensor, sharpening: float) -> Tensor:
     Returns:
         Same shape and dtype.
     """
+    # both branches meet the same ends: 0, 1, and a jump at 0.5
     power = 1.0 / sharpening
     return torch.where(prob_T >= 0.5, prob_T**power, 1.0 - (1.0 - prob_T) ** power)
 
@@ -131,6 +134,7 @@ def fixed_boundaries(position: Tensor, tokens_per_concept: float) -> Tensor:
     # a tensor on the device: some devices divide by a plain number as a product with 1 / R, which
     # puts other tokens at the boundaries
     ratio = torch.full((), tokens_per_concept, dtype=torch.float64, device=position.device)
+    # position -1 comes before every multiple, so that position 0 is a boundary
     before, after = ((position - shift).double().div(ratio).floor() for shift in (1, 0))
     return after > before
 
@@ -166,6 +170,7 @@ def probability_histogram(prob_T: Tensor, position_T: Tensor) -> Tensor:
     # what is not finite is counted somewhere: it is for the loss to say so
     prob_T = torch.nan_to_num(prob_T.detach())
     bins_T = (prob_T * NUM_PROBABILITY_BINS).long().clamp_(0, NUM_PROBABILITY_BINS - 1)
+    # integers: a GPU adds them in any order with one result
     counts = torch.zeros(NUM_PROBABILITY_BINS, dtype=torch.int64, device=prob_T.device)
     return counts.scatter_add_(0, bins_T, (position_T > 0).long())
 
@@ -183,6 +188,7 @@ def histogram_quantile(histogram: Tensor, share_above: float) -> Tensor:
     counts = histogram.double()
     above = counts.flip(0).cumsum(0).flip(0)
     wanted = share_above * counts.sum()
+    # `above` falls, so the bins that still leave enough come first
     bin_index = max(int((above >= wanted).sum()) - 1, 0) if counts.any() else 0
     inside = counts[bin_index].clamp(min=1.0)
     fraction = ((above[bin_index] - wanted) / inside).clamp(0.0, 1.0)

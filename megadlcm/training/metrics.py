@@ -110,7 +110,6 @@ class MetricsWriter:
             self.events.flush()
 
     def close(self) -> None:
-        """Flushes and closes."""
         self._rows.close()
         if self.events is not None:
             self.events.close()

@@ -20,6 +20,7 @@ def attend_documents(query: Tensor, key: Tensor, value: Tensor, packing: Packing
 
     options = _options()
     if query.shape[1] != key.shape[1] and "enable_gqa" not in options:
+        # an older kernel takes as many key heads as query heads
         repeats = query.shape[1] // key.shape[1]
         key, value = (part.repeat_interleave(repeats, dim=1) for part in (key, value))
     cu_seqlens, longest = packing.cu_seqlens, packing.max_seqlen
