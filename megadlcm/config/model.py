@@ -7,19 +7,20 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from data_pipeline.errors import InputError
+from megadlcm.config.boundary_modes import (
+    BOUNDARY_MODES,
+    NO_BOUNDARIES,
+    BoundaryMode,
+    BoundaryTraits,
+)
+from megadlcm.config.kernels import AttentionBackend
 from megadlcm.config.rules import require_at_least, require_choice, require_positive
 
 Architecture = Literal["dlcm", "dense"]
-BoundaryMode = Literal["learned_global", "learned_local", "rule", "fixed", "ema_ste"]
 SegmentAlign = Literal["end", "start_shift"]
 ConceptWeighting = Literal["count", "uniform"]
-AttentionBackend = Literal["auto", "reference", "flash_attn", "varlen"]
 Smoothing = Literal["ema", "none"]
 
-LEARNED_MODES = ("learned_global", "learned_local", "ema_ste")
-"""Modes whose boundary detector has parameters."""
-GLOBAL_RATIO_MODES = ("learned_global", "ema_ste")
-"""Modes whose ratio loss is driven by the boundaries of a whole step."""
 _CHOICES = {
     "architecture": Architecture,
     "boundary_mode": BoundaryMode,
@@ -155,10 +156,24 @@ class ModelConfig:
         return self.encoder_layers + self.backbone_layers + self.decoder_layers
 
     @property
+    def boundary(self) -> BoundaryTraits:
+        """Traits of the boundary mode; those of no boundaries for the dense control."""
+        return BOUNDARY_MODES[self.boundary_mode] if self.architecture == "dlcm" else NO_BOUNDARIES
+
+    @property
     def calibrates(self) -> bool:
         """Whether a fresh run sets the offset of its boundary detector from the first batch."""
-        learned = self.architecture == "dlcm" and self.boundary_mode in LEARNED_MODES
-        return learned and self.boundary_calibration
+        return self.boundary.is_learned and self.boundary_calibration
+
+    @property
+    def tracks_threshold(self) -> bool:
+        """Whether the threshold of the boundary detector moves with each step."""
+        return self.boundary.tracks_threshold and self.rule_threshold is None
+
+    @property
+    def smooths(self) -> bool:
+        """Whether concepts are averaged by the probability of their boundary."""
+        return self.smoothing != "none" and self.boundary.decides_by == "score"
 
     @property
     def token_head_size(self) -> int:

@@ -19,6 +19,25 @@ OptimizerName = Literal["adamw", "sgd"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class OptimizerTraits:
+    """What the rest of a run must know of an optimizer; built in `engine/optimizer.py`."""
+
+    num_moments: int
+    """Running averages in fp32 that it keeps of each parameter."""
+
+    takes_plain_steps: bool
+    """Whether some of its groups can be made to move by a computed step size times the gradient,
+    while the others move as ever; see `engine/ratio_control.py`."""
+
+
+OPTIMIZERS: dict[OptimizerName, OptimizerTraits] = {
+    "adamw": OptimizerTraits(num_moments=2, takes_plain_steps=True),
+    # its steps are plain everywhere: steering only the detector would compare no layouts
+    "sgd": OptimizerTraits(num_moments=0, takes_plain_steps=False),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How long a run is, what one step sees, and the loss."""
 

@@ -23,12 +23,15 @@ def learning_rate_factor(schedule: ScheduleConfig, step: int, train_steps: int) 
     Returns:
         Factor in [0, 1].
     """
+    # of the step that begins, so that the first one moves
     warmup = (step + 1) / schedule.warmup_steps if schedule.warmup_steps else 1.0
     decay_steps = round(schedule.decay_fraction * train_steps)
     into_decay = step - (train_steps - decay_steps)
+    # also where `decay_fraction` rounds to no step at all
     decay = 1.0
     if decay_steps and into_decay > 0:
         decay = 1.0 - (1.0 - schedule.final_ratio) * min(into_decay / decay_steps, 1.0)
+    # the smaller one and not the product, which would dip where they overlap
     return min(1.0, warmup, decay)
 
 
@@ -44,8 +47,7 @@ def apply_learning_rates(optimizer: Optimizer, factor: float) -> None:
 
 
 def learning_rates(optimizer: Optimizer) -> dict[str, float]:
-    """Current learning rate of each muP group; of a steered group that of its gradient steps."""
+    """Current learning rate of each muP group; a steered group has a step size instead of one."""
     return {
-        group["mup_group"]: group["lr"] / group["eps"] if group["steered"] else group["lr"]
-        for group in optimizer.param_groups
+        group["mup_group"]: group["lr"] for group in optimizer.param_groups if not group["steered"]
     }

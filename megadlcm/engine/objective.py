@@ -7,7 +7,7 @@ one micro-batch is therefore the share of its *sums* in the whole step, times th
 
 N counts the tokens of the whole step on all replicas, w is `training.ratio_loss_weight` and
 s_t = R (R F - 1) / (R - 1) is the gradient of the ratio loss (DLCM Eq. 8-10). F is taken over the
-whole step (`learned_global`, `ema_ste`) or over the token's own document (`learned_local`).
+whole step or over the token's own document, as the boundary mode says (`ratio_over`).
 So the gradient of a step does not depend on how it was cut into micro-batches or over replicas.
 Each of the two terms belongs to one stage of a pipeline: cross-entropy to the head, ratio loss to
 the boundary detector.
@@ -15,7 +15,8 @@ the boundary detector.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import torch
@@ -23,9 +24,8 @@ from torch import Tensor, nn
 
 from megadlcm.config import RunConfig
 from megadlcm.config.anatomy import UnitKind
-from megadlcm.config.model import GLOBAL_RATIO_MODES
 from megadlcm.model import LanguageModel
-from megadlcm.model.chunking import BoundaryOutput
+from megadlcm.model.boundary_detector import BoundaryOutput
 from megadlcm.model.output import ModelOutput
 from megadlcm.model.units import Flow, MicroBatch, run_units
 from megadlcm.ops.boundary import NUM_PROBABILITY_BINS, probability_histogram
@@ -38,18 +38,6 @@ NUM_LENGTH_BINS = 65
 """Concept lengths 0..63 have a bin each, the last one holds all longer concepts."""
 NEAR_HALF = 0.05
 """Probabilities this close to 0.5 are the ones whose decision flips easily."""
-
-STEERED_MODES = ("learned_global", "learned_local")
-"""Modes in which the ratio loss alone trains the detector; see ratio_control."""
-_SUMS = (
-    "cross_entropy",
-    "num_tokens",
-    "boundary_prob",
-    "num_boundaries",
-    "num_threshold_boundaries",
-    "num_near_half",
-)
-NUM_SUMS = len(_SUMS) + NUM_LENGTH_BINS
 
 
 @dataclass(frozen=True)
@@ -75,7 +63,7 @@ class StepStats:
     """Sums over tokens, on the device; added over micro-batches and replicas, read when logging."""
 
     sums: Tensor
-    """The scalars of `StepSummary` and the histogram of concept lengths, fp64 (NUM_SUMS,)."""
+    """What `StepSummary` names, laid end to end by `pack_sums`, fp64 (NUM_SUMS,)."""
     prob_histogram: Tensor | None = None
     """Probabilities in equal bins, int64; only where something is steered by them."""
 
@@ -89,7 +77,7 @@ class StepStats:
 
 @dataclass(frozen=True)
 class StepSummary:
-    """The sums of a whole step as Python numbers."""
+    """The sums of a whole step as Python numbers; a new field is a new sum."""
 
     cross_entropy: float
     num_tokens: float
@@ -101,10 +89,11 @@ class StepSummary:
     """Concepts of each length; see `NUM_LENGTH_BINS`."""
 
     @classmethod
-    def from_sums(cls, sums: list[float]) -> StepSummary:
+    def from_sums(cls, sums: Sequence[float]) -> StepSummary:
         """Names the entries of `StepStats.sums` after they were copied to the host."""
-        scalars = dict(zip(_SUMS, sums, strict=False))
-        return cls(**scalars, concept_lengths=[int(count) for count in sums[len(_SUMS) :]])
+        # not strict: the histogram follows the scalars
+        scalars = dict(zip(SUMS, sums, strict=False))
+        return cls(**scalars, concept_lengths=[int(count) for count in sums[len(SUMS) :]])
 
     @property
     def loss(self) -> float:
@@ -120,6 +109,33 @@ class StepSummary:
     def mean_boundary_prob(self) -> float:
         """G, mean boundary probability."""
         return self.boundary_prob / self.num_tokens
+
+
+SUMS = tuple(entry.name for entry in fields(StepSummary) if entry.name != "concept_lengths")
+NUM_SUMS = len(SUMS) + NUM_LENGTH_BINS
+
+
+def pack_sums(
+    scalars: Mapping[str, Tensor | int], lengths_M: Tensor | None, like: Tensor
+) -> Tensor:
+    """Lays named sums end to end, so that a step needs one all-reduce and one copy to the host.
+
+    Args:
+        scalars: numbers by name, of `SUMS`; what is not there is 0.
+        lengths_M: tokens of each concept, int64 (M,); None without concepts.
+        like: a tensor on the device.
+
+    Returns:
+        fp64 (NUM_SUMS,).
+    """
+    sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=like.device)
+    for name, value in scalars.items():
+        sums[SUMS.index(name)] = value
+    if lengths_M is not None:
+        bins_M = lengths_M.clamp(max=NUM_LENGTH_BINS - 1)
+        # a view: the additions land in `sums`
+        sums[len(SUMS) :].index_add_(0, bins_M, torch.ones_like(bins_M, dtype=torch.float64))
+    return sums
 
 
 class MicroBatchResult(NamedTuple):
@@ -139,19 +155,18 @@ class Objective:
 
     def __init__(self, config: RunConfig, mesh: ParallelMesh) -> None:
         self.mesh = mesh
-        self.mode = config.model.boundary_mode if config.model.architecture == "dlcm" else "none"
+        self.traits = config.model.boundary
         self.target = config.model.target_tokens_per_concept
         self.ratio_loss_weight = config.training.ratio_loss_weight
-        self.keeps_histogram = self.mode in STEERED_MODES or (
-            self.mode == "rule" and config.model.rule_threshold is None
-        )
+        # it is summed over the run each step, so only where something reads it
+        self.keeps_histogram = self.traits.is_steered or config.model.tracks_threshold
         # gradients are divided by it; see the module's docstring
         self.averaged_over = mesh.data_parallel_size
 
     @property
     def needs_boundary_fraction(self) -> bool:
         """Whether the ratio loss is driven by F of the whole step."""
-        return self.mode in GLOBAL_RATIO_MODES and self.ratio_loss_weight != 0.0
+        return self.traits.ratio_over == "step" and self.ratio_loss_weight != 0.0
 
     def __call__(
         self, output: ModelOutput, labels_T: Tensor, totals: StepTotals
@@ -167,6 +182,7 @@ class Objective:
             The loss, scaled so that averages over replicas give the mean over the step, and sums.
         """
         loss_T = output.token_losses(labels_T)
+        # a share of the step's tokens, not a mean of these: micro-batches need not be equally long
         loss = loss_T.sum() * (self.averaged_over / totals.num_tokens)
         return MicroBatchResult(loss, self._stats(output, loss_T.detach()))
 
@@ -185,6 +201,7 @@ class Objective:
         """
         if self.ratio_loss_weight == 0.0:
             return None
+        # may be an all-reduce: every replica comes here, also without a gradient
         slope_T = self._ratio_slope(boundary, packing, totals)
         if slope_T is None or not boundary.prob_T.requires_grad:
             return None
@@ -196,16 +213,17 @@ class Objective:
         self, boundary: BoundaryOutput, packing: Packing, totals: StepTotals
     ) -> Tensor | None:
         """s_t of each token, (T,)."""
-        if self.mode not in (*GLOBAL_RATIO_MODES, "learned_local"):
+        if self.traits.ratio_over is None:
             return None
-        if self.mode == "learned_local":
+        if self.traits.ratio_over == "document":
             document_T = packing.document_index()
             lengths = packing.cu_seqlens.diff().double()
+            # whole numbers in fp64: the order of the additions leaves no trace
             counts = torch.zeros_like(lengths)
             counts.index_add_(0, document_T, boundary.mask_T.double())
             return ratio_gradient_scale(counts / lengths, self.target)[document_T]
         fraction = totals.boundary_fraction
-        if fraction is None:
+        if fraction is None:  # the forward pass of a replica's whole share knows F by itself
             count = self.mesh.sum_over_data_parallel(boundary.mask_T.sum(dtype=torch.float64))
             fraction = count / totals.num_tokens
         slope = ratio_gradient_scale(fraction, self.target)
@@ -217,29 +235,32 @@ class Objective:
         histogram = None
         if self.keeps_histogram:
             histogram = torch.zeros(NUM_PROBABILITY_BINS, dtype=torch.int64, device=device)
+        # the shapes of the stage that has some: all of them take part in one all-reduce
         return StepStats(torch.zeros(NUM_SUMS, dtype=torch.float64, device=device), histogram)
 
     @torch.no_grad()
     def _stats(self, output: ModelOutput, loss_T: Tensor) -> StepStats:
         wide = torch.float64
-        sums = torch.zeros(NUM_SUMS, dtype=wide, device=loss_T.device)
-        sums[0] = loss_T.sum(dtype=wide)
-        sums[1] = loss_T.numel()
+        # fp64: a step has millions of tokens, and layouts are compared to the last digits
+        sums: dict[str, Tensor | int] = {
+            "cross_entropy": loss_T.sum(dtype=wide),
+            "num_tokens": loss_T.numel(),
+        }
         boundary, layout = output.boundary, output.layout
         if boundary is None:
-            return StepStats(sums)
-        sums[2] = boundary.prob_T.sum(dtype=wide)
-        sums[3] = boundary.mask_T.sum(dtype=wide)
-        sums[4] = boundary.threshold_mask_T.sum(dtype=wide)
-        sums[5] = ((boundary.prob_T - 0.5).abs() < NEAR_HALF).sum(dtype=wide)
-        if layout is not None:
-            bins_M = layout.pooled_count_M.clamp(max=NUM_LENGTH_BINS - 1)
-            lengths = sums[len(_SUMS) :]
-            lengths.index_add_(0, bins_M, torch.ones_like(bins_M, dtype=wide))
+            return StepStats(pack_sums(sums, None, loss_T))
+        sums |= {
+            "boundary_prob": boundary.prob_T.sum(dtype=wide),
+            "num_boundaries": boundary.mask_T.sum(dtype=wide),
+            "num_threshold_boundaries": boundary.threshold_mask_T.sum(dtype=wide),
+            # how many decisions the arithmetic of another layout could flip
+            "num_near_half": ((boundary.prob_T - 0.5).abs() < NEAR_HALF).sum(dtype=wide),
+        }
         histogram = None
         if self.keeps_histogram:
-            histogram = probability_histogram(boundary.prob_T, output.packing)
-        return StepStats(sums, histogram)
+            histogram = probability_histogram(boundary.prob_T, output.packing.position)
+        lengths_M = None if layout is None else layout.pooled_count_M
+        return StepStats(pack_sums(sums, lengths_M, loss_T), histogram)
 
 
 class ChunkResult(NamedTuple):
@@ -276,19 +297,20 @@ class TrainingForward(nn.Module):
         """Runs a chunk on one micro-batch and computes its share of the step's loss."""
         run_units(self.model, chunk.unit_ids, flow)
         losses: list[Tensor] = []
-        stats = None
         if UnitKind.SEGMENTATION in chunk.kinds:
             assert flow.boundary is not None
+            # here and not at the head, so that p needs no way back over the stages
             ratio = self.objective.ratio_loss(flow.boundary, flow.packing, totals)
             losses += [] if ratio is None else [ratio]
         if UnitKind.LM_HEAD in chunk.kinds:
             result: MicroBatchResult = self.objective(flow.output, batch.labels_T, totals)
             losses.append(result.loss)
             return ChunkResult(torch.stack(losses).sum(), result.stats, ())
+        # what has no gradient DeepSpeed must not see, or it waits for a backward pass of it
         made = [
             flow.states,
             flow.hidden_TD,
             None if flow.boundary is None else flow.boundary.prob_T,
         ]
         outputs = tuple(tensor for tensor in made if tensor is not None and tensor.requires_grad)
-        return ChunkResult(losses[0] if losses else None, stats, outputs)
+        return ChunkResult(losses[0] if losses else None, None, outputs)

@@ -1,7 +1,11 @@
-"""Parameter groups (muP group, weight decay) -> AdamW or SGD."""
+"""Parameter groups (muP group, weight decay) -> a torch optimizer.
+
+An optimizer is a builder here and a row of `config.training.OPTIMIZERS`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from megadlcm.config import OptimizerConfig, RunConfig
+from megadlcm.config.training import OptimizerName
 from megadlcm.engine.ratio_control import LINEAR_EPS, steers_detector
 from megadlcm.model.scaling import GROUPS, ParameterRule, parameter_table
 
@@ -46,6 +51,7 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
         cut = bool(getattr(parameter, "tensor_model_parallel", False))
         members.setdefault((*_group_key(rules[name]), cut), []).append(parameter)
     groups = []
+    # a fixed order: flat buffers and checkpoints follow it, on every process alike
     for key in sorted(members, key=lambda key: (GROUPS.index(key[0]), key[1:])):
         group, learning_rate_scale, eps_scale, decays, cut = key
         peak = base_learning_rate(config.optimizer, group) * learning_rate_scale
@@ -56,6 +62,7 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
                 "mup_group": group,
                 "cut": cut,
                 "steered": steered,
+                # a steered group stands still until its controller has spoken
                 "peak_learning_rate": 0.0 if steered else peak,
                 "lr": 0.0 if steered else peak,
                 "eps": LINEAR_EPS if steered else config.optimizer.eps * eps_scale,
@@ -71,26 +78,24 @@ def _group_key(rule: ParameterRule) -> tuple[str, float, float, bool]:
 
 
 def build_optimizer(model: nn.Module, config: RunConfig) -> Optimizer:
-    """Builds the torch optimizer that DeepSpeed drives.
+    """Builds the torch optimizer that DeepSpeed drives, for a model on its device."""
+    build = _BUILDERS[config.optimizer.name]
+    return build(parameter_groups(model, config), config.optimizer)
 
-    AdamW runs in torch's fused kernel: one pass over memory, and as deterministic as the loop.
-    SGD exists for parity checks, because Adam hides a gradient that is wrong by a factor.
 
-    Args:
-        model: the model, on its device.
-        config: the run.
+def _adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
+    # torch's fused kernel: one pass over memory, and as deterministic as the loop
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 
-    Returns:
-        torch.optim.AdamW or torch.optim.SGD.
-    """
-    groups = parameter_groups(model, config)
-    if config.optimizer.name == "sgd":
-        for group in groups:
-            del group["eps"], group["betas"]
-        return torch.optim.SGD(groups, lr=config.optimizer.learning_rate)
-    return torch.optim.AdamW(
-        groups,
-        lr=config.optimizer.learning_rate,
-        betas=config.optimizer.betas,
-        fused=True,
-    )
+
+def _sgd(groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
+    """For parity checks: Adam hides a gradient that is wrong by a factor."""
+    for group in groups:  # torch would keep them in its checkpoints as settings of SGD
+        del group["eps"], group["betas"]
+    return torch.optim.SGD(groups, lr=config.learning_rate)
+
+
+_BUILDERS: dict[OptimizerName, Callable[[list[dict[str, Any]], OptimizerConfig], Optimizer]] = {
+    "adamw": _adamw,
+    "sgd": _sgd,
+}

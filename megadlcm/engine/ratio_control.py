@@ -1,7 +1,7 @@
 """The step size with which the ratio loss moves the boundary detector.
 
-In `learned_global` and `learned_local` the detector has one gradient, g = lambda s u, with
-u = dG/dW and s = R (R F - 1) / (R - 1): an integral controller of F whose gain is the step size.
+In steered modes the detector has one gradient, g = lambda s u, with u = dG/dW and
+s = R (R F - 1) / (R - 1): an integral controller of F whose gain is the step size.
 AdamW divides g by its own size, error included, so that every step is a full one, however small
 the error; the ratio then swings around its target by what a full step moves, tens of percent
 where the probabilities lie close together. So the detector takes plain gradient steps whose size
@@ -12,8 +12,8 @@ density of probabilities there, and about 1/a from its slope elsewhere. With
     eta = gain (R - 1) / (R^2 rho lambda |u|^2)          |u|^2 = |g|^2 / (lambda s)^2
 
 each step takes back the share `gain` of the error F - 1/R, at any width, ratio and lambda. With
-one s for each document (`learned_local`) the s of all tokens stands for them: |u|^2 then comes out
-larger than it is, never smaller, where documents pull in different directions.
+one s for each document the s of all tokens stands for them: |u|^2 then comes out larger than it is,
+never smaller, where documents pull in different directions.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ import math
 from torch import Tensor
 
 from megadlcm.config import RunConfig
-from megadlcm.engine.objective import STEERED_MODES
+from megadlcm.config.training import OPTIMIZERS
 from megadlcm.engine.state import TrainState
 from megadlcm.ops.boundary import histogram_quantile
 
 LINEAR_EPS = 1e4
 """AdamW without averages moves by lr g / (|g| + eps): by lr / eps g at this eps, far above |g|."""
-_MOMENTUM = 0.9
+_SENSITIVITY_MOMENTUM = 0.9
 _MAX_SHIFT = 0.05
 """Farthest that one step may move G; the first order holds no farther."""
 _MAX_TURN = 0.02
@@ -40,9 +40,8 @@ nearer to the target, u vanishes and eta would grow without end."""
 def steers_detector(config: RunConfig) -> bool:
     """Whether the detector's step size is computed here; otherwise it is AdamW's or SGD's."""
     return (
-        config.model.architecture == "dlcm"
-        and config.model.boundary_mode in STEERED_MODES
-        and config.optimizer.name == "adamw"
+        config.model.boundary.is_steered
+        and OPTIMIZERS[config.optimizer.name].takes_plain_steps
         and config.optimizer.boundary_gain > 0.0
         and config.training.ratio_loss_weight > 0.0
     )
@@ -65,6 +64,7 @@ class RatioController:
         self.sharpening = config.model.sharpening
         # W_q and W_k start with orthonormal rows
         size = min(config.model.boundary_size or config.model.d_token, config.model.d_token)
+        # both matrices together then have the norm sqrt(2 size)
         self.max_move = _MAX_TURN * math.sqrt(2.0 * size)
 
     def step_size(
@@ -81,6 +81,7 @@ class RatioController:
         Returns:
             eta; 0 where there is nothing to step along.
         """
+        # a saturated detector: no step helps, and the averages must not learn from it
         if detector_norm <= 0.0:
             return 0.0
         slope = self.target * (self.target * boundary_fraction - 1.0) / (self.target - 1.0)
@@ -93,8 +94,10 @@ class RatioController:
             return 0.0
         sensitivity = state.detector_gradient_square / state.ratio_slope_square
         shift_per_slope = self.gain * (self.target - 1.0) / self.target**2
+        # by how much G must move for F to move by what is taken back
         shift_per_slope /= self._response(histogram)
         if slope:
+            # G moves by shift_per_slope times the slope
             shift_per_slope = min(shift_per_slope, _MAX_SHIFT / abs(slope))
         return min(shift_per_slope / (self.weight * sensitivity), self.max_move / detector_norm)
 
@@ -108,6 +111,7 @@ class RatioController:
         Returns:
             The rate of the boundary group.
         """
+        # AdamW will see a gradient that is shorter by max_grad_norm / grad_norm
         clipped = self.max_grad_norm and grad_norm > self.max_grad_norm
         return LINEAR_EPS * step_size * (grad_norm / self.max_grad_norm if clipped else 1.0)
 
@@ -121,10 +125,14 @@ class RatioController:
         share = 1.0 / self.target
         few, many = 0.5 * share, min(1.5 * share, 0.5 * (1.0 + share))
         above, below = (float(histogram_quantile(histogram, part)) for part in (few, many))
+        # probabilities in one bin are as far apart as the histogram can tell
         density = (many - few) / max(above - below, 1.0 / histogram.numel())
+        # sharpened p just above 0.5 less the one just below; 0 for the plain draw
         jump = 2.0 * 0.5 ** (1.0 / self.sharpening) - 1.0
         return jump * density + 1.0 / self.sharpening
 
 
 def _average(average: float | None, value: float) -> float:
-    return value if average is None else _MOMENTUM * average + (1.0 - _MOMENTUM) * value
+    if average is None:
+        return value
+    return _SENSITIVITY_MOMENTUM * average + (1.0 - _SENSITIVITY_MOMENTUM) * value

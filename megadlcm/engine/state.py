@@ -30,11 +30,11 @@ class TrainState:
     """Running mean of the squared slope of the ratio loss; see ratio_control."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the state as JSON-able data."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainState:
         """Rebuilds a state; counters that an older version did not know keep their defaults."""
+        # what a newer version knew is left out: it may count what this one does not
         known = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +24,6 @@ from megadlcm.engine.objective import (
 from megadlcm.engine.ratio_control import RatioController, steers_detector
 from megadlcm.engine.state import TrainState
 from megadlcm.model import DLCM
-from megadlcm.model.chunking import DetectorOutput
 from megadlcm.model.scaling import GROUPS, group_of
 from megadlcm.model.units import Flow
 from megadlcm.ops.boundary import BoundarySampling
@@ -45,6 +44,8 @@ class StepResult:
     """Norm of the whole gradient before clipping."""
     group_grad_norms: dict[str, float]
     """The same for each muP group."""
+    boundary_step_size: float | None = None
+    """How far the detector's projections move for a gradient of 1; None where not steered."""
 
 
 def to_device(
@@ -65,6 +66,7 @@ def to_device(
     return DeviceBatch(
         torch.from_numpy(batch.tokens_T).to(device, non_blocking=True),
         torch.from_numpy(batch.cu_seqlens).to(device, non_blocking=True),
+        # the index in the global batch, so that no draw depends on the layout
         BoundarySampling(config.seed, step, token_index_T),
         torch.from_numpy(batch.labels_T).to(device, non_blocking=True),
     )
@@ -94,24 +96,27 @@ def calibrate_boundaries(engine: TrainingEngine, config: RunConfig, batch: StepB
         The offset.
     """
     cosines: list[Tensor] = []
-
-    def keep(_: int, flow: Flow) -> None:
-        assert isinstance(flow.boundary, DetectorOutput)
-        inner_T = flow.packing.position > 0  # a document's first token has no predecessor
-        cosines.append(flow.boundary.cosine_T[inner_T].cpu())
-
     batches = [to_device(packed, config, 0, engine.mesh.device) for packed in batch.micro_batches]
     offset = 0.0
     with engine.whole_model() as model:
+
+        def keep(_: int, flow: Flow) -> None:
+            assert isinstance(model, DLCM) and flow.hidden_TD is not None
+            inner_T = flow.packing.position > 0  # a document's first token has no predecessor
+            # on the host, where they are gathered over the replicas and sorted
+            cosines.append(model.boundary_detector.cosine(flow.hidden_TD)[inner_T].cpu())
+
         engine.pipeline.forward(batches, keep, until=UnitKind.SEGMENTATION)
         if engine.pipeline.owns_segmentation:
             own = torch.cat(cosines).numpy()
+            # cosines and not quantiles: that of the whole batch is no mean of the parts'
             everywhere = engine.mesh.gather_over_data_parallel(own)
             cosine = torch.cat([torch.from_numpy(part) for part in everywhere])
             assert isinstance(model, DLCM)
             model.boundary_detector.calibrate(cosine)
             offset = float(model.boundary_detector.offset)
     stage = engine.partition.stage_of(UnitKind.SEGMENTATION)
+    # the other stages hold no detector, and say the same number in their logs
     return float(engine.mesh.gather_over_pipeline(offset)[stage])
 
 
@@ -129,6 +134,7 @@ class TrainStep:
         self.objective: Objective = engine.deepspeed.module.objective
         self.controller = RatioController(config)
         parts = engine.partition.specs.values()
+        # of the whole model: rows have the same groups whatever a stage holds
         used = {group_of(part.name) for part in parts if part.is_parameter}
         self.groups = [group for group in GROUPS if group in used]
 
@@ -152,10 +158,13 @@ class TrainStep:
         totals = self._totals(micro_batches, state)
         stats = self._gradients(micro_batches, totals)
         result = self._audit(stats, batch, state)
-        self._steer(result, stats, totals, state)
+        if steers_detector(self.config):
+            result = self._steer(result, stats, totals, state)
+        # after steering, which wants the gradient as it is and makes up for what is cut off here
         self.engine.clip_gradients(result.grad_norm, self.config.training.max_grad_norm)
         if not self.engine.step():
             raise NonFiniteError(self._message("DeepSpeed skipped the step", batch, state))
+        # after the update: this step was decided by the threshold before
         self._track_threshold(stats)
         return result
 
@@ -174,6 +183,7 @@ class TrainStep:
 
     def _totals(self, micro_batches: list[DeviceBatch], state: TrainState) -> StepTotals:
         mesh = self.engine.mesh
+        # one all-reduce for tokens and boundaries
         counts = torch.tensor(
             [float(sum(batch.tokens_T.numel() for batch in micro_batches)), 0.0],
             dtype=torch.float64,
@@ -217,12 +227,15 @@ class TrainStep:
         """
         mesh = self.engine.mesh
         squares = self.engine.gradient_square_sums()  # each element counted on one process
+        # zeros from stages without the head: over the run and not over replicas alone
         sums = mesh.sum_over_run(stats.sums)
         numbers = torch.cat([sums, mesh.sum_everywhere(squares)]).tolist()
         if stats.prob_histogram is not None:
+            # in place: the controller and the threshold read it below
             mesh.sum_over_run(stats.prob_histogram)
         summary = StepSummary.from_sums(numbers[:NUM_SUMS])
         by_group = dict(zip(GROUPS, numbers[NUM_SUMS:], strict=True))
+        # one NaN or infinity survives every addition, so that one test finds them all
         if not math.isfinite(summary.cross_entropy + sum(by_group.values())):
             groups = [group for group, square in by_group.items() if not math.isfinite(square)]
             problem = f"loss {summary.loss}, non-finite gradients in {sorted(groups) or 'none'}"
@@ -232,28 +245,29 @@ class TrainStep:
 
     def _steer(
         self, result: StepResult, stats: StepStats, totals: StepTotals, state: TrainState
-    ) -> None:
-        """Sets the rate with which this step's ratio loss moves the boundary detector.
+    ) -> StepResult:
+        """Sets the size of the step that this step's ratio loss makes with the boundary detector.
 
         Every stage computes it, so that their states stay the same.
         """
-        if not steers_detector(self.config):
-            return
         used = totals.boundary_fraction
+        # the F that made the slope of this step's loss: with `previous_step` that of the last one
         fraction = result.summary.boundary_fraction
         if used is not None and self.config.training.ratio_statistics == "previous_step":
             fraction = float(used)
         assert stats.prob_histogram is not None
-        rate = self.controller.step_size(
+        step_size = self.controller.step_size(
             fraction, stats.prob_histogram.cpu(), result.group_grad_norms["boundary"], state
         )
         for group in self.engine.optimizer.param_groups:
             if group["steered"]:
-                group["lr"] = self.controller.adamw_rate(rate, result.grad_norm)
+                group["lr"] = self.controller.adamw_rate(step_size, result.grad_norm)
+        return replace(result, boundary_step_size=step_size)
 
     def _message(self, problem: str, batch: StepBatch, state: TrainState) -> str:
         own = [sample for packed in batch.micro_batches for sample in packed.sample_ids]
         everywhere = self.engine.mesh.gather_over_data_parallel(own)
+        # named, so that a bad document can be found
         samples = [sample for ids in everywhere for sample in ids]
         digest = global_batch_digest(self.engine, batch)
         return (

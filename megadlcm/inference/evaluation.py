@@ -62,11 +62,13 @@ class DomainSums:
 
     def to_row(self) -> dict[str, Any]:
         """Divides once: the entries of an evaluation row of metrics.jsonl."""
+        # divided only here: sums of replicas and batches add up, means do not
         nats, tokens, boundaries = (self.sums[index].tolist() for index in range(3))
         num_bytes = self.num_bytes.tolist()
         row: dict[str, Any] = {
             "eval_loss": sum(nats) / sum(tokens),
             "eval_tokens": int(sum(tokens)),
+            # over bytes, so that tokenizers can be compared
             "bits_per_byte": sum(nats) / math.log(2) / sum(num_bytes),
             "bits_per_byte_by_domain": {
                 domain: nats[index] / math.log(2) / num_bytes[index]
@@ -83,6 +85,7 @@ class DomainSums:
             }
             row["tokens_per_concept_overall"] = sum(tokens) / sum(boundaries)
             row["loss_by_position"] = [
+                # no concept of the held-out text is that long
                 total / count if count else None
                 for total, count in zip(*self.by_position.tolist(), strict=True)
             ]
@@ -122,16 +125,19 @@ class Evaluator:
             The evaluation row, without its step.
         """
         was_training = model.training
+        # thresholded boundaries: what is measured is what decoding will do
         model.eval()
         sums = self._empty_sums()
         own = [
             batch
             for index, batch in enumerate(self.batches())
+            # whole batches in turn, the same on every process of a replica
             if index % self.mesh.data_parallel_size == self.mesh.data_parallel_rank
         ]
         inputs = [self._to_device(batch) for batch in own]
         run = passes or functools.partial(run_each, model)
         run(inputs, lambda index, output: self._add(sums, output, own[index]))
+        # not `num_bytes`: every process has counted all documents
         for tensor in (sums.sums, sums.by_position):
             self.mesh.sum_over_run(tensor)
         model.train(was_training)
@@ -147,6 +153,7 @@ class Evaluator:
             num_bytes,
             torch.zeros(3, len(self.domains), dtype=torch.float64, device=device),
             torch.zeros(2, NUM_POSITIONS, dtype=torch.float64, device=device),
+            # else the row has no entries about concepts, rather than zeros
             self.config.model.architecture == "dlcm",
         )
 
@@ -162,6 +169,7 @@ class Evaluator:
             torch.from_numpy(array).to(self.mesh.device)
             for array in (batch.labels_T, batch.domain_T)
         )
+        # sums over a corpus, in an order that depends on the layout
         loss_T = output.token_losses(labels_T).double()
         sums.sums[0].index_add_(0, domain_T, loss_T)
         sums.sums[1].index_add_(0, domain_T, torch.ones_like(loss_T))
@@ -169,6 +177,7 @@ class Evaluator:
             return
         sums.sums[2].index_add_(0, domain_T, output.boundary_mask_T.double())
         position_T = position_in_concept(output.boundary_mask_T)
+        # the tail is left out, not put into the last position: it would not be one
         near = position_T < NUM_POSITIONS
         sums.by_position[0].index_add_(0, position_T[near], loss_T[near])
         sums.by_position[1].index_add_(0, position_T[near], torch.ones_like(loss_T[near]))
@@ -180,6 +189,7 @@ class Evaluator:
         for document in self.documents:
             domain = self.domains.index(document.domain)
             for tokens_T, labels_T in self._windows(document):
+                # at least one window a batch, also where a window is longer than the limit
                 if windows and size + len(tokens_T) > self.config.evaluation.batch_tokens:
                     yield _pack(windows)
                     windows, size = [], 0
@@ -189,6 +199,7 @@ class Evaluator:
             yield _pack(windows)
 
     def _windows(self, document: Document) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        # as in training: a document's first token is predicted from an end-of-text
         stream = np.concatenate(([self.eos_id], document.tokens_T, [self.eos_id])).astype(np.int64)
         tokens_T, labels_T = stream[:-1], stream[1:]
         for start in range(0, len(tokens_T), self.config.data.seq_len):
@@ -209,5 +220,6 @@ def _pack(windows: list[tuple[np.ndarray, np.ndarray, int]]) -> EvaluationBatch:
 def position_in_concept(mask_T: Tensor) -> Tensor:
     """Tokens since the newest boundary, 0 at the boundary itself; bool (T,) to int64 (T,)."""
     index_T = torch.arange(mask_T.numel(), device=mask_T.device)
+    # documents begin with a boundary, so no position counts over from the one before
     start_T = torch.where(mask_T, index_T, torch.zeros_like(index_T)).cummax(0).values
     return index_T - start_T

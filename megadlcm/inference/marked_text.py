@@ -24,6 +24,7 @@ def choose_documents(documents: Sequence[Document], count: int) -> list[Document
     chosen: list[Document] = []
     depth = 0
     while len(chosen) < min(count, len(documents)):
+        # a round may overshoot; the cut below keeps its first ones
         chosen += [members[depth] for members in by_domain.values() if depth < len(members)]
         depth += 1
     return chosen[:count]
@@ -31,6 +32,7 @@ def choose_documents(documents: Sequence[Document], count: int) -> list[Document
 
 def text_batch(document: Document, eos_id: int, device: torch.device) -> MicroBatch:
     """The beginning of a document as a model reads it."""
+    # the end-of-text in front is a token too
     text_tokens = document.tokens_T[: SAMPLE_TOKENS - 1]
     tokens_T = np.concatenate(([eos_id], text_tokens)).astype(np.int64)
     return MicroBatch(
@@ -55,6 +57,7 @@ def marked_text(document: Document, mask: Sequence[bool], tokenizer: Tokenizer) 
     """
     tokens = document.tokens_T[: SAMPLE_TOKENS - 1].tolist()
     ratio = f"{len(mask) / sum(mask):.2f} tokens per concept" if mask else "no concepts"
+    # the first decision is that of the token in front, which has no text
     body = mark_boundaries(tokens, list(mask[1:]), tokenizer)
     return f"== {document.domain} / {document.id}: {ratio} ==\n{body}\n"
 

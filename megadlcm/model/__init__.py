@@ -42,6 +42,7 @@ def build_model(
     mup = mup or MupConfig()
     model_class = {"dlcm": DLCM, "dense": Dense}[config.architecture]
     device = torch.device(device) if device is not None else torch.get_default_device()
+    # on its device from the start: a large model does not fit where it need not be
     with torch.device(device):
         model = model_class(config, output_scale=1.0 / width_multiplier_token(config, mup))
     if device.type != "meta":

@@ -1,184 +1,53 @@
-"""From tokens to concepts and back: boundary detector, concept pool, concept reader.
+"""From tokens to concepts and back: concept pool and concept reader.
 
 Letters: T tokens, M concepts, D d_token, C d_concept, N heads, K key-value heads, H head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from megadlcm.config import ModelConfig
-from megadlcm.config.model import LEARNED_MODES
+from megadlcm.model.boundary_detector import BoundaryOutput
 from megadlcm.model.seams import WHOLE, Seams
-from megadlcm.model.transformer import Linear, RMSNorm
-from megadlcm.ops.attention import concept_attention
-from megadlcm.ops.boundary import (
-    BoundarySampling,
-    boundary_probability,
-    fixed_boundaries,
-    histogram_quantile,
-    limit_segments,
-    neighbour_cosine,
-    sample_boundaries,
-    threshold_boundaries,
-)
+from megadlcm.model.transformer import KeyValueCache, Linear, RMSNorm
+from megadlcm.ops.attention import concept_attention, concept_attention_step
 from megadlcm.ops.packing import Packing
 from megadlcm.ops.rotary import rotate, rotation
 from megadlcm.ops.segments import ConceptLayout, segment_mean
-from megadlcm.ops.smoothing import exponential_smoothing
-
-_THRESHOLD_MOMENTUM = 0.9
+from megadlcm.ops.smoothing import exponential_smoothing, smoothing_step
 
 
-@dataclass(frozen=True)
-class BoundaryOutput:
-    """Scores and decisions of each token."""
+@dataclass
+class PoolState:
+    """The open segment of one document."""
 
-    prob_T: Tensor
-    """Boundary probability p, fp32 or wider (T,)."""
-    mask_T: Tensor
-    """Boundary decision b, bool (T,)."""
-    threshold_mask_T: Tensor
-    """The decision that evaluation would take, bool (T,)."""
+    sum_1D: Tensor | None = None
+    """Sum of its tokens' states, fp32 or wider; None while it is empty."""
+    count: int = 0
+    """Its tokens."""
 
-
-@dataclass(frozen=True)
-class DetectorOutput(BoundaryOutput):
-    """The same where the detector ran; later pipeline stages are told no cosines."""
-
-    cosine_T: Tensor
-    """Cosine with the predecessor (T,); meaningless at document starts."""
+    def add(self, hidden_1D: Tensor) -> None:
+        """Takes a token into the segment."""
+        # a running sum in bf16 stops growing after a few hundred tokens
+        wide_1D = hidden_1D.to(torch.promote_types(hidden_1D.dtype, torch.float32))
+        self.sum_1D = wide_1D if self.sum_1D is None else self.sum_1D + wide_1D
+        self.count += 1
 
 
-class WideLinear(Linear):
-    """A matrix that computes in the type of its input, whatever its own.
+@dataclass
+class ReaderState:
+    """The concepts of one document, as its tokens read them."""
 
-    A module of its own because ZeRO 3 gathers the parameters of a module around its calls.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(T, D) to (T, size)."""
-        return nn.functional.linear(input, self.weight.to(input.dtype))
-
-
-class BoundaryDetector(nn.Module):
-    """p_t = (1 - cos(W_q h_(t-1), W_k h_t)) / 2 and the decision taken from it (Eq. 5-6).
-
-    Everything runs in fp32 whatever the precision of the model. W_q and W_k start as the same
-    matrix with orthonormal rows (the identity when they are square), so that training begins with
-    the plain cosine of neighbours; two independent random matrices would destroy it.
-    """
-
-    offset: Tensor
-    threshold: Tensor
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        size = config.boundary_size or config.d_token
-        learned = config.boundary_mode in LEARNED_MODES
-        self.w_q = WideLinear(config.d_token, size) if learned else None
-        self.w_k = WideLinear(config.d_token, size) if learned else None
-        self.register_buffer("offset", torch.zeros((), dtype=torch.float32))
-        self.register_buffer("threshold", torch.zeros((), dtype=torch.float32))
-        self.reset_buffers()
-        self.seams: Seams = WHOLE
-
-    def reset_buffers(self) -> None:
-        """Sets offset and threshold to what a fresh run starts with."""
-        fixed = 0.5 if self.config.rule_threshold is None else self.config.rule_threshold
-        self.offset.zero_()
-        self.threshold.fill_(fixed if self.config.boundary_mode == "rule" else 0.5)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BoundaryDetector:
-        # a model cast to bf16 must not round these two numbers: follow the device, keep the type
-        kept = (self.offset, self.threshold)
-        super()._apply(fn, recurse)
-        for name, value in zip(("offset", "threshold"), kept, strict=True):
-            moved = getattr(self, name)
-            if moved.dtype != value.dtype and not value.is_meta:
-                setattr(self, name, value.to(moved.device))
-        return self
-
-    @property
-    def calibrates(self) -> bool:
-        """Whether the offset is to be set from the first batch of a run."""
-        return self.config.calibrates
-
-    @property
-    def tracks_threshold(self) -> bool:
-        """Whether the threshold follows the quantile that gives the target ratio."""
-        return self.config.boundary_mode == "rule" and self.config.rule_threshold is None
-
-    def forward(
-        self, hidden_TD: Tensor, packing: Packing, sampling: BoundarySampling
-    ) -> DetectorOutput:
-        """Scores each token and decides which ones are boundaries.
-
-        Args:
-            hidden_TD: encoder output.
-            packing: the documents.
-            sampling: names the random draws of training.
-
-        Returns:
-            Probabilities and decisions.
-        """
-        config = self.config
-        cosine_T = self.cosine(hidden_TD)
-        if config.boundary_mode == "fixed":
-            mask_T = fixed_boundaries(packing.position, config.target_tokens_per_concept)
-            return DetectorOutput(mask_T.to(cosine_T.dtype), mask_T, mask_T, cosine_T)
-        prob_T = boundary_probability(cosine_T, packing, self.offset)
-        threshold_T = self._limited(threshold_boundaries(prob_T, packing, self.threshold), packing)
-        mask_T = threshold_T
-        if self.training and config.boundary_mode in LEARNED_MODES:
-            drawn_T = sample_boundaries(prob_T, config.sharpening, sampling, packing)
-            mask_T = self._limited(drawn_T, packing)
-        # one flipped token would give the processes of a layer different numbers of concepts
-        mask_T, threshold_T = self.seams.agree(torch.stack([mask_T, threshold_T])).unbind()
-        return DetectorOutput(prob_T, mask_T, threshold_T, cosine_T)
-
-    def cosine(self, hidden_TD: Tensor) -> Tensor:
-        """Cosine of each token with its predecessor, fp32 or wider (T,)."""
-        if self.config.ratio_loss_detach_hidden:
-            hidden_TD = hidden_TD.detach()
-        with torch.autocast(hidden_TD.device.type, enabled=False):
-            wide_TD = hidden_TD.to(torch.promote_types(hidden_TD.dtype, torch.float32))
-            if self.w_q is None or self.w_k is None:
-                return neighbour_cosine(wide_TD, wide_TD)
-            return neighbour_cosine(self.w_q(wide_TD), self.w_k(wide_TD))
-
-    def calibrate(self, cosine: Tensor) -> None:
-        """Sets the offset so that thresholding gives the target ratio on these cosines.
-
-        How similar neighbours are in a fresh encoder depends on widths and depths, and decides
-        alone whether a run starts with hardly any concept or with twice too many. The offset
-        makes p >= 0.5 hold for a share 1/R of the tokens; it is not trained.
-
-        Args:
-            cosine: cosines of tokens that have a predecessor, any shape.
-        """
-        share = 1.0 / self.config.target_tokens_per_concept
-        ordered = cosine.detach().flatten().double().sort().values
-        index = min(max(int(share * ordered.numel()) - 1, 0), ordered.numel() - 1)
-        self.offset.fill_(float(ordered[index]))
-
-    def track_threshold(self, histogram: Tensor) -> None:
-        """Moves the threshold of mode `rule` towards the quantile that gives the target ratio.
-
-        Args:
-            histogram: probabilities of one whole step, from `probability_histogram`.
-        """
-        quantile = histogram_quantile(histogram, 1.0 / self.config.target_tokens_per_concept)
-        self.threshold.lerp_(quantile.to(self.threshold), 1.0 - _THRESHOLD_MOMENTUM)
-
-    def _limited(self, mask_T: Tensor, packing: Packing) -> Tensor:
-        limit = self.config.max_segment_tokens
-        return limit_segments(mask_T, packing, limit) if limit else mask_T
+    concepts: KeyValueCache = field(default_factory=KeyValueCache)
+    """Keys and values (M, K, H), not replicated."""
+    smooth_1C: Tensor | None = None
+    """Last smoothed concept, fp32 or wider; the recurrence keeps more than the model's type."""
+    run_lengths: list[int] = field(default_factory=list)
+    """Tokens so far that have each concept as their newest."""
 
 
 class ConceptPool(nn.Module):
@@ -195,12 +64,39 @@ class ConceptPool(nn.Module):
         )
 
     def forward(self, hidden_TD: Tensor, layout: ConceptLayout) -> Tensor:
-        """(T, D) to (M, C)."""
+        """Pools all segments that a boundary closes; (T, D) to (M, C)."""
         concept_MC = self.up_projection(segment_mean(hidden_TD, layout))
         if self.null_concept is None:
             return concept_MC
         is_null_M1 = (layout.packing.position == 0).unsqueeze(1)
         return torch.where(is_null_M1, self.null_concept, concept_MC)
+
+    def step(self, hidden_1D: Tensor, is_boundary: bool, state: PoolState) -> Tensor | None:
+        """Takes the next token of one document.
+
+        Args:
+            hidden_1D: encoder output of the token.
+            is_boundary: the decision on it.
+            state: the open segment; updated in place.
+
+        Returns:
+            The concept that the boundary makes visible, (1, C); None without a boundary.
+        """
+        if self.null_concept is None:  # a boundary token belongs to the segment that it closes
+            state.add(hidden_1D)
+        concept_1C = self._close(state) if is_boundary else None
+        if self.null_concept is not None:  # a boundary token opens the next segment
+            state.add(hidden_1D)
+        return concept_1C
+
+    def _close(self, state: PoolState) -> Tensor:
+        # emptied first: what is added next belongs to another segment
+        sum_1D, count = state.sum_1D, state.count
+        state.sum_1D, state.count = None, 0
+        if sum_1D is None:
+            assert self.null_concept is not None, "only start_shift closes before the first token"
+            return self.null_concept.unsqueeze(0)
+        return self.up_projection((sum_1D / count).to(self.up_projection.weight.dtype))
 
 
 class ConceptReader(nn.Module):
@@ -217,6 +113,7 @@ class ConceptReader(nn.Module):
         kv_width = config.token_kv_heads * self.head_size
         self.token_norm = RMSNorm(config.d_token, config.norm_eps)
         self.concept_norm = RMSNorm(config.d_concept, config.norm_eps)
+        # from two widths into one: heads have the size of the tokens'
         self.wq = Linear(config.d_token, config.d_token)
         self.wk = Linear(config.d_concept, kv_width)
         self.wv = Linear(config.d_concept, kv_width)
@@ -245,18 +142,52 @@ class ConceptReader(nn.Module):
             query, key, value, packing, layout, self.config.concept_weighting, backend
         )
         read_TD = self.seams.sum_from_layer(self.wo(read_TNH.flatten(1)))
-        if self.config.boundary_mode == "ema_ste":
+        if self.config.boundary.is_straight_through:
             read_TD = read_TD * _straight_through_confidence(boundary).to(read_TD.dtype)
         return hidden_TD + read_TD
 
+    def step(self, hidden_1D: Tensor, state: ReaderState) -> Tensor:
+        """Adds to the next token of one document what it reads from the concepts so far; (1, D)."""
+        state.run_lengths[-1] += 1
+        return hidden_1D + self._read_step(hidden_1D, state)
+
+    def _read_step(self, hidden_1D: Tensor, state: ReaderState) -> Tensor:
+        keys, values = state.concepts.rows
+        place_1 = torch.tensor([len(state.run_lengths) - 1], device=hidden_1D.device)
+        query = self.query(hidden_1D, place_1)
+        weighting = self.config.concept_weighting
+        read_1NH = concept_attention_step(query, keys, values, state.run_lengths, weighting)
+        # no straight-through factor: it is 1 but for its gradient
+        return self.wo(read_1NH.flatten(1))
+
+    def add_concept(self, concept_1C: Tensor, prob: Tensor, state: ReaderState) -> None:
+        """Smooths the next concept of one document and keeps what tokens will read of it.
+
+        Args:
+            concept_1C: output of the backbone.
+            prob: boundary probability of its boundary, scalar.
+            state: the concepts so far; updated in place.
+        """
+        place_1 = torch.tensor([len(state.run_lengths)], device=concept_1C.device)
+        state.concepts.append(*self.key_value(self.smooth_step(concept_1C, prob, state), place_1))
+        state.run_lengths.append(0)
+
     def smooth(self, concept_MC: Tensor, prob_T: Tensor, layout: ConceptLayout) -> Tensor:
-        """Moving average over concepts; the probability is detached except in mode `ema_ste`."""
-        if self.config.smoothing == "none" or self.config.boundary_mode == "fixed":
+        """Moving average over concepts; p has a gradient in straight-through modes only."""
+        if not self.config.smooths:
             return concept_MC
+        # of the boundary that completes the concept, not of the one that begins it
         weight_M = prob_T.index_select(0, layout.boundary_position_M)
-        if self.config.boundary_mode != "ema_ste":
+        if not self.config.boundary.is_straight_through:
             weight_M = weight_M.detach()
         return exponential_smoothing(concept_MC, weight_M, layout.packing)
+
+    def smooth_step(self, concept_1C: Tensor, prob: Tensor, state: ReaderState) -> Tensor:
+        """The same for the next concept of one document; (1, C)."""
+        if not self.config.smooths:
+            return concept_1C
+        state.smooth_1C = smoothing_step(concept_1C, prob, state.smooth_1C)
+        return state.smooth_1C.to(concept_1C.dtype)
 
     def query(self, hidden_TD: Tensor, place_T: Tensor) -> Tensor:
         """Queries of tokens whose newest concept is the `place_T`-th of its document; (T, N, H)."""
@@ -268,6 +199,7 @@ class ConceptReader(nn.Module):
         """Keys and values of the concepts at these places of their documents; (M, K, H) each."""
         normed_MC = self.seams.copy_to_layer(self.concept_norm(smooth_MC))
         key = self.wk(normed_MC).unflatten(-1, (-1, self.head_size))
+        # without a norm of heads and a rotation: only scores depend on sizes and places
         value = self.wv(normed_MC).unflatten(-1, (-1, self.head_size))
         return self._rotate(self.key_norm(key), place_M), value
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from megadlcm.config import ModelConfig
-from megadlcm.model.chunking import BoundaryDetector, ConceptPool, ConceptReader, DetectorOutput
+from megadlcm.model.boundary_detector import BoundaryDetector, BoundaryOutput
+from megadlcm.model.chunking import ConceptPool, ConceptReader
 from megadlcm.model.language_model import LanguageModel
 from megadlcm.model.output import ModelOutput
 from megadlcm.model.transformer import Stack, StackShape
@@ -91,7 +92,7 @@ class DLCM(LanguageModel):
 
     def boundaries(
         self, tokens_T: Tensor, cu_seqlens: Tensor, sampling: BoundarySampling | None = None
-    ) -> DetectorOutput:
+    ) -> BoundaryOutput:
         """Segments packed documents without predicting anything (encoder and detector only).
 
         Args:
@@ -107,7 +108,8 @@ class DLCM(LanguageModel):
 
     def _encode(
         self, tokens_T: Tensor, packing: Packing, sampling: BoundarySampling | None
-    ) -> tuple[Tensor, DetectorOutput]:
+    ) -> tuple[Tensor, BoundaryOutput]:
+        # by place: the same document draws the same boundaries wherever it is packed
         sampling = sampling or BoundarySampling(seed=0, step=0, token_index_T=packing.position)
         hidden_TD = self.encoder(self.token_embedding(tokens_T), packing, self.backend())
         return hidden_TD, self.boundary_detector(hidden_TD, packing, sampling)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megadlcm.config import ModelConfig
+from megadlcm.config.kernels import AttentionBackend
 from megadlcm.model.output import ModelOutput
 from megadlcm.model.seams import WHOLE, Seams, is_own_token
 from megadlcm.model.transformer import Linear, Stack
@@ -31,14 +32,18 @@ class Embedding(nn.Embedding):
         size = self.weight.shape[0]
         if size == self.num_embeddings:
             return super().forward(input)
+        # a foreign token is looked up as token 0 and multiplied by 0
         local_T, own_T = is_own_token(input, self.seams.vocabulary_start(size), size)
         found_TD = nn.functional.embedding(local_T, self.weight)
         return self.seams.sum_from_layer(found_TD * own_T.unsqueeze(1))
 
 
-def attention_backend(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
+def attention_backend(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> AttentionBackend:
     """Finds the attention back-end of a model before it is built; see `choose_backend`."""
     head_sizes = [config.token_head_size]
+    # what the dense control says of concepts is not read, and may fit no kernel
     if config.architecture == "dlcm":
         head_sizes.append(config.concept_head_size)
     return choose_backend(config.attention_backend, device, dtype, head_sizes)
@@ -89,10 +94,11 @@ class LanguageModel(nn.Module, ABC):
         """Puts parts of the vocabulary together; None if this process holds all of it."""
         return None if self.seams is WHOLE else self.seams
 
-    def backend(self) -> str:
+    def backend(self) -> AttentionBackend:
         """The attention back-end in use, with `auto` resolved for the weights' device and type."""
         weight = next(self.parameters())
         dtype = weight.dtype
+        # what a kernel gets is the type of autocast, not that of the weights
         if torch.is_autocast_enabled(weight.device.type):
             dtype = torch.get_autocast_dtype(weight.device.type)
         return attention_backend(self.config, weight.device, dtype)
@@ -112,5 +118,6 @@ class LanguageModel(nn.Module, ABC):
         """
         if mode not in ("none", "selective", "block"):
             raise ValueError(f"recompute={mode!r} must be none, selective or block")
+        # the stacks read it at each pass: it may change between steps
         for stack in self.stacks:
             stack.recompute = mode

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megadlcm.model.chunking import BoundaryOutput
+from megadlcm.model.boundary_detector import BoundaryOutput
 from megadlcm.ops.cross_entropy import VocabularyPart, token_cross_entropy
 from megadlcm.ops.packing import Packing
 from megadlcm.ops.segments import ConceptLayout
@@ -29,6 +29,7 @@ class ModelOutput:
 
     def token_losses(self, labels_T: Tensor) -> Tensor:
         """Negative log-likelihood of each label, nats, fp32 or wider; int64 (T,) to (T,)."""
+        # of all rows: documents are packed whole, and each of their tokens has a label
         return token_cross_entropy(self.logits_TV, labels_T, self.vocabulary)
 
     @property

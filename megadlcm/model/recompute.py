@@ -15,6 +15,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from megadlcm.config.kernels import ATTENTION_BACKENDS
+
 _MATRIX_PRODUCTS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -22,8 +24,10 @@ _MATRIX_PRODUCTS = {
     torch.ops.aten.baddbmm.default,
     torch.ops.aten.linear.default,
 }
-_ATTENTION_NAMES = ("_scaled_dot_product", "_flash_attention", "_efficient_attention")
-_ATTENTION_LIBRARIES = ("flash_attn", "flash_attn_3", "torch_attn")
+# of every back-end, not only of the one in use: the names of one mean nothing to another
+_ATTENTION = tuple(
+    name for backend in ATTENTION_BACKENDS.values() for name in backend.kept_operators
+)
 
 
 def run_block(block: nn.Module, mode: str, *inputs: Any) -> Tensor:
@@ -46,6 +50,7 @@ def run_block(block: nn.Module, mode: str, *inputs: Any) -> Tensor:
         states: Tensor = block(*inputs)
         return states
     contexts: dict[str, Any] = {"context_fn": _selective_contexts} if mode == "selective" else {}
+    # not reentrant: only so may contexts choose what is kept
     recomputed: Tensor = checkpoint(
         block, *inputs, use_reentrant=False, preserve_rng_state=False, **contexts
     )
@@ -64,7 +69,4 @@ def _policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolic
 
 @functools.cache
 def _is_kept(operator: Any) -> bool:
-    if operator in _MATRIX_PRODUCTS:
-        return True
-    library, _, name = str(operator).partition(".")
-    return library in _ATTENTION_LIBRARIES or name.startswith(_ATTENTION_NAMES)
+    return operator in _MATRIX_PRODUCTS or str(operator).startswith(_ATTENTION)

@@ -39,7 +39,10 @@ _GROUP_TABLE = (
     (r"backbone\.blocks\.\d+\.attention\.w[qkvo]\.weight", "concept"),
     (r"backbone\.blocks\.\d+\.feed_forward\.w_(gate|up|down)\.weight", "concept"),
 )
+# the head is not: its logits are divided instead, so that it keeps the base rate
 _WIDTH_SCALED = ("token", "concept", "boundary")
+# not the detector: a cosine does not see sizes, and the rate of plain steps times a decay, as
+# AdamW decays, would erase its matrices
 _DECAYING = ("token", "concept", "head")
 
 
@@ -82,6 +85,7 @@ def group_of(name: str) -> str:
         ValueError: the table does not know the parameter.
     """
     for pattern, group in _GROUP_TABLE:
+        # the whole name: a parameter that only begins like one of these needs a decision
         if re.fullmatch(pattern, name):
             return group
     raise ValueError(
@@ -115,6 +119,7 @@ def _rule(name: str, config: ModelConfig, mup: MupConfig) -> ParameterRule:
         if group == "concept"
         else width_multiplier_token(config, mup)
     )
+    # eps falls with the gradient's size, or AdamW would stall in wide models
     scale = 1.0 / multiplier if group in _WIDTH_SCALED else 1.0
     return ParameterRule(
         group, _init_std(name, group, scale, config, mup), scale, scale, group in _DECAYING
@@ -126,6 +131,7 @@ def _init_std(
 ) -> float | None:
     if group == "embedding":
         return mup.embedding_std
+    # None: not drawn, `initial_value` knows what it is
     zero = config.cross_output_zero_init and name == "concept_reader.wo.weight"
     return None if group in ("gain", "boundary") or zero else mup.init_std * math.sqrt(scale)
 
@@ -142,6 +148,7 @@ def initialize_parameters(model: nn.Module, config: ModelConfig, mup: MupConfig,
     """
     rules = parameter_table(model, config, mup)
     for name, parameter in model.named_parameters():
+        # drawn in fp32 on the CPU: generators of devices differ
         parameter.copy_(initial_value(name, parameter.shape, rules[name], seed))
 
 
@@ -164,14 +171,17 @@ def initial_value(name: str, shape: torch.Size, rule: ParameterRule, seed: int) 
         return torch.randn(shape, generator=_generator(seed, name)) * rule.init_std
     if rule.group == "boundary":
         return _orthonormal(shape, seed)
+    # gains 1; null concept and an output that starts at zero 0
     return torch.full(shape, 1.0 if name.endswith("gain") else 0.0)
 
 
 def _orthonormal(shape: torch.Size, seed: int) -> Tensor:
     """The identity, or for a rectangle the same orthonormal rows for W_q and W_k."""
     rows, columns = shape
+    # the identity: training begins with the plain cosine of the states
     if rows == columns:
         return torch.eye(rows)
+    # one name for both, so that W_q and W_k are the same matrix
     square = torch.randn(
         max(rows, columns), max(rows, columns), generator=_generator(seed, "boundary_detector")
     )
@@ -180,4 +190,5 @@ def _orthonormal(shape: torch.Size, seed: int) -> Tensor:
 
 def _generator(seed: int, name: str) -> torch.Generator:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    # torch takes seeds below 2^63
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -72,4 +72,5 @@ def is_own_token(tokens_T: Tensor, start: int, size: int) -> tuple[Tensor, Tenso
     """
     local_T = tokens_T - start
     own_T = (local_T >= 0) & (local_T < size)
+    # a valid id also for foreign tokens: lookups need no mask
     return torch.where(own_T, local_T, torch.zeros_like(local_T)), own_T

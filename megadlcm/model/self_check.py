@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megadlcm.config.kernels import backend_candidates
 from megadlcm.model.language_model import LanguageModel
 from megadlcm.model.output import ModelOutput
 
@@ -67,6 +68,7 @@ def check_causality(
         RuntimeError: something before the changed token moved by more than rounding explains;
             the message names both positions.
     """
+    # a generator of its own: the run's random state stays as it was
     generator = torch.Generator().manual_seed(_SEED)
     vocab_size = model.config.vocab_size
     tokens_T = torch.randint(vocab_size, (tokens,), generator=generator)
@@ -86,7 +88,8 @@ def _widenings(model: LanguageModel) -> list[AbstractContextManager[None]]:
     weights = list(model.parameters())
     if all(weight.dtype.itemsize > 2 for weight in weights):
         return [nullcontext()]
-    if model.config.attention_backend not in ("auto", "reference"):
+    backends = backend_candidates(model.config.attention_backend).values()
+    if not any("float32" in backend.dtypes or not backend.dtypes for backend in backends):
         return [nullcontext()]
     return [nullcontext(), _Wide(weights)]
 
@@ -116,6 +119,7 @@ def _probe(
     whole = torch.tensor([0, tokens], dtype=torch.int32, device=tokens_T.device)
     before = forward(tokens_T, whole)
     found = before and [_positions(before, tokens, count) for count in (_NUM_REPLACED, _NUM_CUTS)]
+    # every stage runs the same passes, so that none waits for another
     replaced, cuts = share(found)
     problems: list[str] = []
     for position in replaced:
@@ -174,6 +178,7 @@ def _compare(
             # where rounding moved a probability across the threshold, all that follows may differ
             if float(moved_T[stop]) == 0.0:
                 problems.append(_message(stop, position, f"{how}: boundary decision"))
+    # relative to all logits: those of a fresh model are tiny
     scale = before.logits_TV.double().square().mean().sqrt().clamp(min=1e-30)
     change_TV = (before.logits_TV[:stop] - after.logits_TV[:stop]).double()
     change_T = change_TV.square().mean(1).sqrt() / scale

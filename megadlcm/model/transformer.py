@@ -6,7 +6,7 @@ Letters: T rows (tokens or concepts), D width, N heads, K key-value heads, H hea
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megadlcm.model.recompute import run_block
 from megadlcm.model.seams import WHOLE, Seams
-from megadlcm.ops.attention import self_attention
+from megadlcm.ops.attention import self_attention, self_attention_step
 from megadlcm.ops.packing import Packing
 from megadlcm.ops.rotary import Rotation, rotate, rotation
 
@@ -34,8 +34,38 @@ class StackShape:
 
     @property
     def head_size(self) -> int:
-        """Width of one attention head."""
         return self.width // self.num_heads
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of the rows of one document so far, (rows, K, H) each."""
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+    @property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Keys and values; there is at least one row."""
+        assert self.keys is not None and self.values is not None
+        return self.keys, self.values
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds a row and returns all rows."""
+        # copies all rows each time: simple, and small beside the matrices at lengths decoded today
+        self.keys = key if self.keys is None else torch.cat((self.keys, key))
+        self.values = value if self.values is None else torch.cat((self.values, value))
+        return self.keys, self.values
+
+
+@dataclass
+class StackCache:
+    """What a stack keeps of one document between its rows."""
+
+    blocks: list[KeyValueCache] = field(default_factory=list)
+    """In the order of the blocks."""
+    length: int = 0
+    """Rows so far."""
 
 
 class RMSNorm(nn.Module):
@@ -47,7 +77,7 @@ class RMSNorm(nn.Module):
         self.gain = nn.Parameter(torch.ones(width))
 
     def forward(self, states: Tensor) -> Tensor:
-        """Normalises (..., width)."""
+        # a gain that is wider than the states would widen everything after it
         return F.rms_norm(states, self.gain.shape, self.gain.to(states.dtype), self.eps)
 
 
@@ -84,6 +114,7 @@ class Attention(nn.Module):
         )
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
+        # values are not rotated: places matter for scores only
         return rotate(query, rotary), rotate(key, rotary), value
 
     def forward(
@@ -92,6 +123,11 @@ class Attention(nn.Module):
         """Attends inside each document; (T, D) to (T, D)."""
         query, key, value = self.project(states_TD, rotary)
         return self.wo(self_attention(query, key, value, packing, backend).flatten(1))
+
+    def step(self, states_1D: Tensor, rotary: Rotation, cache: KeyValueCache) -> Tensor:
+        """The same for the next row of one document; (1, D) to (1, D)."""
+        query, key, value = self.project(states_1D, rotary)
+        return self.wo(self_attention_step(query, *cache.append(key, value)).flatten(1))
 
 
 class FeedForward(nn.Module):
@@ -104,7 +140,6 @@ class FeedForward(nn.Module):
         self.w_down = Linear(ffn_size, width)
 
     def forward(self, states_TD: Tensor) -> Tensor:
-        """(T, D) to (T, D)."""
         return self.w_down(F.silu(self.w_gate(states_TD)) * self.w_up(states_TD))
 
 
@@ -124,11 +159,18 @@ class Block(nn.Module):
     ) -> Tensor:
         """(T, D) to (T, D), of the rows that this process keeps."""
         seams, num_rows = self.seams, packing.num_rows
+        # normed before it is gathered: with sequence parallelism each process norms its own rows
         normed_TD = seams.to_layer(self.attention_norm(states_TD), num_rows)
         attended_TD = self.attention(normed_TD, rotary, packing, backend)
         states_TD = states_TD + seams.from_layer(attended_TD)
         normed_TD = seams.to_layer(self.feed_forward_norm(states_TD), num_rows)
         return states_TD + seams.from_layer(self.feed_forward(normed_TD))
+
+    def step(self, states_1D: Tensor, rotary: Rotation, cache: KeyValueCache) -> Tensor:
+        """The same for the next row of one document, on one process; (1, D) to (1, D)."""
+        attended_1D = self.attention.step(self.attention_norm(states_1D), rotary, cache)
+        states_1D = states_1D + attended_1D
+        return states_1D + self.feed_forward(self.feed_forward_norm(states_1D))
 
 
 class Stack(nn.Module):
@@ -143,6 +185,7 @@ class Stack(nn.Module):
     def __init__(self, shape: StackShape) -> None:
         super().__init__()
         self.shape = shape
+        # by name: a stage that holds blocks 4 to 7 keeps their numbers in checkpoints
         self.blocks = nn.ModuleDict({str(i): Block(shape) for i in range(shape.num_layers)})
         self.norm = RMSNorm(shape.width, shape.norm_eps)
         self.recompute = "none"
@@ -171,14 +214,38 @@ class Stack(nn.Module):
         self, states_TD: Tensor, packing: Packing, backend: str, blocks: Sequence[int] | None = None
     ) -> Tensor:
         """Runs some of the blocks, by default all, on the rows that this process keeps."""
-        rotary = rotation(
-            packing.position, self.shape.head_size, self.shape.rope_theta, states_TD.dtype
-        )
+        # once for all blocks, which keep it together for the backward pass
+        rotary = self._rotation(packing.position, states_TD.dtype)
+        # without a gradient nothing is kept that could be computed again
         mode = self.recompute if torch.is_grad_enabled() else "none"
         for index in range(self.shape.num_layers) if blocks is None else blocks:
             block = self.blocks[str(index)]
             states_TD = run_block(block, mode, states_TD, rotary, packing, backend)
         return states_TD
+
+    def step(self, states_1D: Tensor, cache: StackCache) -> Tensor:
+        """Runs the whole stack over the next row of one document.
+
+        Args:
+            states_1D: (1, D).
+            cache: the rows so far; updated in place.
+
+        Returns:
+            (1, D), normalised.
+        """
+        position_1 = torch.tensor([cache.length], device=states_1D.device)
+        rotary = self._rotation(position_1, states_1D.dtype)
+        if not cache.blocks:
+            cache.blocks = [KeyValueCache() for _ in self.layers]
+        for block, rows in zip(self.layers, cache.blocks, strict=True):
+            states_1D = block.step(states_1D, rotary, rows)
+        cache.length += 1
+        assert self.norm is not None, "the stack does not end on this stage"
+        normed_1D: Tensor = self.norm(states_1D)
+        return normed_1D
+
+    def _rotation(self, position_T: Tensor, dtype: torch.dtype) -> Rotation:
+        return rotation(position_T, self.shape.head_size, self.shape.rope_theta, dtype)
 
     def finish(self, states_TD: Tensor, packing: Packing) -> Tensor:
         """Normalises the output of the last block; all rows, (T, D)."""

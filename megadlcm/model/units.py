@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megadlcm.config.anatomy import Stream, UnitId, UnitKind
-from megadlcm.model.chunking import BoundaryOutput
+from megadlcm.model.boundary_detector import BoundaryOutput
 from megadlcm.model.dlcm import DLCM
 from megadlcm.model.language_model import LanguageModel
 from megadlcm.model.output import ModelOutput

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megadlcm.ops.packing import Packing
 from megadlcm.ops.random import uniform
 
 NUM_PROBABILITY_BINS = 16384
@@ -40,14 +39,16 @@ def neighbour_cosine(query_TD: Tensor, key_TD: Tensor) -> Tensor:
         (T,), fp32 (fp64 for fp64 input).
     """
     wide = torch.promote_types(query_TD.dtype, torch.float32)
+    # normalised first: the product of two tiny lengths would underflow
     query_TD = F.normalize(query_TD.to(wide), dim=-1)
     key_TD = F.normalize(key_TD.to(wide), dim=-1)
+    # over the whole pack: the caller overwrites the pairs that span two documents
     cosine = (query_TD[:-1] * key_TD[1:]).sum(-1)
     return F.pad(cosine, (1, 0))
 
 
 def boundary_probability(
-    cosine_T: Tensor, packing: Packing, offset: Tensor | float = 0.0
+    cosine_T: Tensor, position_T: Tensor, offset: Tensor | float = 0.0
 ) -> Tensor:
     """Dissimilarity of neighbours as a probability: p_t = clamp((1 - cos_t + offset) / 2, 0, 1).
 
@@ -56,14 +57,14 @@ def boundary_probability(
 
     Args:
         cosine_T: neighbour cosines (T,).
-        packing: the documents.
+        position_T: places of the tokens in their documents, int64 (T,).
         offset: scalar added to the dissimilarity.
 
     Returns:
         (T,) in the dtype of `cosine_T`.
     """
     prob_T = ((1.0 - cosine_T + offset) / 2).clamp(0.0, 1.0)
-    return torch.where(packing.position == 0, torch.ones_like(prob_T), prob_T)
+    return torch.where(position_T == 0, torch.ones_like(prob_T), prob_T)
 
 
 def sharpen(prob_T: Tensor, sharpening: float) -> Tensor:
@@ -79,12 +80,13 @@ def sharpen(prob_T: Tensor, sharpening: float) -> Tensor:
     Returns:
         Same shape and dtype.
     """
+    # both branches meet the same ends: 0, 1, and a jump at 0.5
     power = 1.0 / sharpening
     return torch.where(prob_T >= 0.5, prob_T**power, 1.0 - (1.0 - prob_T) ** power)
 
 
 def sample_boundaries(
-    prob_T: Tensor, sharpening: float, sampling: BoundarySampling, packing: Packing
+    prob_T: Tensor, sharpening: float, sampling: BoundarySampling, position_T: Tensor
 ) -> Tensor:
     """Draws b_t ~ Bernoulli(sharpen(p_t)), one counter-based draw for each token.
 
@@ -92,29 +94,29 @@ def sample_boundaries(
         prob_T: boundary probabilities (T,).
         sharpening: see `sharpen`.
         sampling: names the draws.
-        packing: the documents; each starts with a boundary whatever is drawn.
+        position_T: places of the tokens; 0 is a boundary whatever is drawn.
 
     Returns:
         bool (T,).
     """
     draw_T = uniform(sampling.seed, sampling.step, sampling.token_index_T)
-    return (draw_T < sharpen(prob_T.detach(), sharpening)) | (packing.position == 0)
+    return (draw_T < sharpen(prob_T.detach(), sharpening)) | (position_T == 0)
 
 
 def threshold_boundaries(
-    prob_T: Tensor, packing: Packing, threshold: Tensor | float = 0.5
+    prob_T: Tensor, position_T: Tensor, threshold: Tensor | float = 0.5
 ) -> Tensor:
     """Decides b_t = [p_t >= threshold]; a tie is a boundary, in training, evaluation and decoding.
 
     Args:
         prob_T: boundary probabilities (T,).
-        packing: the documents; each starts with a boundary.
+        position_T: places of the tokens; 0 is a boundary.
         threshold: 0.5, or the tracked quantile of mode `rule`.
 
     Returns:
         bool (T,).
     """
-    return (prob_T.detach() >= threshold) | (packing.position == 0)
+    return (prob_T.detach() >= threshold) | (position_T == 0)
 
 
 def fixed_boundaries(position: Tensor, tokens_per_concept: float) -> Tensor:
@@ -132,34 +134,35 @@ def fixed_boundaries(position: Tensor, tokens_per_concept: float) -> Tensor:
     # a tensor on the device: some devices divide by a plain number as a product with 1 / R, which
     # puts other tokens at the boundaries
     ratio = torch.full((), tokens_per_concept, dtype=torch.float64, device=position.device)
+    # position -1 comes before every multiple, so that position 0 is a boundary
     before, after = ((position - shift).double().div(ratio).floor() for shift in (1, 0))
     return after > before
 
 
-def limit_segments(mask_T: Tensor, packing: Packing, max_tokens: int) -> Tensor:
+def limit_segments(mask_T: Tensor, max_tokens: int) -> Tensor:
     """Adds a boundary wherever `max_tokens` tokens have passed since the last one.
 
     The added boundary at t depends on boundaries at or before t only, so it is causal.
 
     Args:
         mask_T: boundaries, bool (T,), true at each document start.
-        packing: the documents.
         max_tokens: longest distance between boundaries, at least 2.
 
     Returns:
         bool (T,).
     """
-    index_T = torch.arange(packing.num_rows, device=mask_T.device)
+    index_T = torch.arange(mask_T.numel(), device=mask_T.device)
     last_T = torch.where(mask_T, index_T, torch.zeros_like(index_T)).cummax(0).values
+    # a multiple, and not only the first one: what is forced does not show in `last_T`
     return mask_T | ((index_T - last_T) % max_tokens == 0)
 
 
-def probability_histogram(prob_T: Tensor, packing: Packing) -> Tensor:
+def probability_histogram(prob_T: Tensor, position_T: Tensor) -> Tensor:
     """Counts the probabilities of tokens that have a predecessor, in equal bins over [0, 1].
 
     Args:
         prob_T: probabilities (T,).
-        packing: the documents; document starts are left out.
+        position_T: places of the tokens; document starts are left out.
 
     Returns:
         int64 (NUM_PROBABILITY_BINS,).
@@ -167,8 +170,9 @@ def probability_histogram(prob_T: Tensor, packing: Packing) -> Tensor:
     # what is not finite is counted somewhere: it is for the loss to say so
     prob_T = torch.nan_to_num(prob_T.detach())
     bins_T = (prob_T * NUM_PROBABILITY_BINS).long().clamp_(0, NUM_PROBABILITY_BINS - 1)
+    # integers: a GPU adds them in any order with one result
     counts = torch.zeros(NUM_PROBABILITY_BINS, dtype=torch.int64, device=prob_T.device)
-    return counts.scatter_add_(0, bins_T, (packing.position > 0).long())
+    return counts.scatter_add_(0, bins_T, (position_T > 0).long())
 
 
 def histogram_quantile(histogram: Tensor, share_above: float) -> Tensor:
@@ -184,6 +188,7 @@ def histogram_quantile(histogram: Tensor, share_above: float) -> Tensor:
     counts = histogram.double()
     above = counts.flip(0).cumsum(0).flip(0)
     wanted = share_above * counts.sum()
+    # `above` falls, so the bins that still leave enough come first
     bin_index = max(int((above >= wanted).sum()) - 1, 0) if counts.any() else 0
     inside = counts[bin_index].clamp(min=1.0)
     fraction = ((above[bin_index] - wanted) / inside).clamp(0.0, 1.0)

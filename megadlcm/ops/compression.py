@@ -20,6 +20,7 @@ def ratio_loss(boundary_fraction: Tensor, mean_boundary_prob: Tensor, target: fl
         Scalar (or the common shape of F and G).
     """
     fraction, prob = boundary_fraction, mean_boundary_prob
+    # bilinear: at F = G = 1/R both terms add up to (R - 1) / R, so the loss is 0 there
     product = (target - 1.0) * fraction * prob + (1.0 - fraction) * (1.0 - prob)
     return target / (target - 1.0) * product - 1.0
 

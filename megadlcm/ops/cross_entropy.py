@@ -41,6 +41,7 @@ def token_cross_entropy(
     """
     wide = torch.promote_types(logits_TV.dtype, torch.float32)
     if part is None:
+        # gathered from log-probabilities and not by torch's own loss, which ignores label -100
         log_prob_TV = logits_TV.to(wide).log_softmax(-1)
         return -log_prob_TV.gather(1, labels_T.unsqueeze(1)).squeeze(1)
     return _cross_entropy_of_parts(logits_TV.to(wide), labels_T, part)
@@ -49,10 +50,12 @@ def token_cross_entropy(
 def _cross_entropy_of_parts(logits_TV: Tensor, labels_T: Tensor, part: VocabularyPart) -> Tensor:
     """Log sum exp(l - m) - (l_label - m) with m, the sum and l_label put together from parts."""
     size = logits_TV.shape[1]
+    # a label lies in one part; the others look up entry 0 and add 0
     local_T = labels_T - part.vocabulary_start(size)
     own_T = (local_T >= 0) & (local_T < size)
     shifted_TV = logits_TV - part.max_over_vocabulary(logits_TV.detach().amax(1)).unsqueeze(1)
     label_T1 = torch.where(own_T, local_T, torch.zeros_like(local_T)).unsqueeze(1)
     found_T = shifted_TV.gather(1, label_T1).squeeze(1) * own_T
+    # one all-reduce for both sums
     both_2T = part.sum_over_vocabulary(torch.stack([shifted_TV.exp().sum(1), found_T]))
     return both_2T[0].log() - both_2T[1]

@@ -34,17 +34,14 @@ class Packing:
 
     @property
     def num_documents(self) -> int:
-        """Documents in the packed sequence."""
         return len(self.bounds) - 1
 
     @property
     def max_seqlen(self) -> int:
-        """Rows of the longest document."""
         return max(self.lengths)
 
     @property
     def lengths(self) -> list[int]:
-        """Rows of each document."""
         return [stop - start for start, stop in itertools.pairwise(self.bounds)]
 
     def document_index(self) -> Tensor:
@@ -68,6 +65,7 @@ def packing_from_offsets(cu_seqlens: Tensor, num_rows: int | None = None) -> Pac
         ValueError: offsets that do not start at 0, do not end at `num_rows`, or name a document
             without rows (its first token would be another document's).
     """
+    # the one time that the host waits for the device
     bounds = tuple(cu_seqlens.tolist())
     if len(bounds) < 2 or bounds[0] != 0 or num_rows not in (None, bounds[-1]):
         raise ValueError(
@@ -81,8 +79,10 @@ def packing_from_offsets(cu_seqlens: Tensor, num_rows: int | None = None) -> Pac
             )
     device = cu_seqlens.device
     lengths = cu_seqlens.diff().long()
+    # the size is given: to find it the device would have to be asked again
     starts = cu_seqlens[:-1].long().repeat_interleave(lengths, output_size=bounds[-1])
     position = torch.arange(bounds[-1], device=device) - starts
+    # int32 is what the kernels take
     return Packing(cu_seqlens.to(torch.int32), bounds, position)
 
 

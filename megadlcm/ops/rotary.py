@@ -29,6 +29,7 @@ def rotation(position: Tensor, head_size: int, theta: float, dtype: torch.dtype)
         The rotation of each row.
     """
     wide = torch.promote_types(dtype, torch.float32)
+    # an error of a frequency is multiplied by the position: it is made in fp64
     exponent = torch.arange(0, head_size, 2, device=position.device, dtype=torch.float64)
     frequency = (theta ** (-exponent / head_size)).to(wide)
     angle = position.to(wide).unsqueeze(1) * frequency
@@ -45,6 +46,7 @@ def rotate(states: Tensor, rotation: Rotation) -> Tensor:
     Returns:
         Same shape.
     """
+    # halves and not neighbours, as in the Hugging Face format of LLaMA
     first, second = states.chunk(2, dim=-1)
     cosine, sine = rotation.cosine, rotation.sine
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)

@@ -63,8 +63,10 @@ def concept_layout(mask_T: Tensor, packing: Packing, align: str) -> ConceptLayou
     closes = align == "end"  # whether a boundary token pools into the segment that it ends
     seen_T = mask_T.long().cumsum(0)
     visible_T = seen_T - 1
+    # what was counted by the last token of a document is where its concepts end
     ends = packing.cu_seqlens[1:].long() - 1
     concepts = packing_from_offsets(F.pad(seen_T[ends], (1, 0)).to(torch.int32))
+    # a token pools into the concept that comes next, and a closing boundary into its own
     pooled_T = visible_T + 1 - mask_T.long() if closes else visible_T + 1
     # an open segment's running index is the next document's first concept: it must not pool there
     limit_T = (
@@ -73,6 +75,7 @@ def concept_layout(mask_T: Tensor, packing: Packing, align: str) -> ConceptLayou
         .repeat_interleave(packing.cu_seqlens.diff().long(), output_size=packing.num_rows)
     )
     pooled_T = torch.where(pooled_T < limit_T, pooled_T, torch.full_like(pooled_T, -1))
+    # static: the size is known by now, and the device is not asked for it
     boundary_M = torch.nonzero_static(mask_T, size=concepts.num_rows).squeeze(-1)
     count_M = F.pad(boundary_M, (1, 0)).diff()  # a concept pools what lies between two boundaries
     count_M = count_M.masked_fill(concepts.position == 0, 1 if closes else 0)
@@ -101,6 +104,7 @@ def segment_mean(hidden_TD: Tensor, layout: ConceptLayout) -> Tensor:
     held_TD = torch.where(held_T1, hidden_TD.to(wide), 0.0)
     run_M1 = F.pad(F.pad(layout.pool_stop_M, (1, 0)), (0, 1), value=hidden_TD.shape[0]).diff()
     sums_MD = _SumRuns.apply(held_TD, layout.pooled_concept_T.clamp(min=0), run_M1)[:-1]
+    # the null concept holds no token: 0 / 1
     mean_MD = sums_MD / layout.pooled_count_M.clamp(min=1).unsqueeze(-1)
     return mean_MD.to(hidden_TD.dtype)
 
@@ -173,6 +177,7 @@ def count_bias(newest_T: Tensor, run_M: Tensor, weighting: str) -> Tensor:
     shape = (newest_T.numel(), run_M.numel())
     bias = torch.zeros(shape, dtype=torch.float64, device=newest_T.device)
     if weighting == "count":
+        # n_k(t) grows while k is the newest concept, up to the whole run
         start_M = run_M.cumsum(0) - run_M
         token_T1 = torch.arange(newest_T.numel(), device=newest_T.device).unsqueeze(1)
         bias = torch.minimum(token_T1 - start_M + 1, run_M).clamp(min=1).double().log()

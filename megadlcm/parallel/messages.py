@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megadlcm.model.chunking import BoundaryOutput
+from megadlcm.model.boundary_detector import BoundaryOutput
 from megadlcm.model.units import Flow, segment
 from megadlcm.plan.edges import Content, Edge
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from megadlcm.config import RunConfig
 from megadlcm.config.anatomy import UnitKind
 from megadlcm.model import LanguageModel, build_model
-from megadlcm.model.chunking import BoundaryDetector, ConceptReader
+from megadlcm.model.boundary_detector import BoundaryDetector
+from megadlcm.model.chunking import ConceptReader
 from megadlcm.model.language_model import Embedding
 from megadlcm.model.scaling import initial_value, parameter_table
 from megadlcm.model.seams import Seams

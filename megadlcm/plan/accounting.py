@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from megadlcm.config.model import LEARNED_MODES, ModelConfig
+from megadlcm.config.model import ModelConfig
 
 TRAINING_PASSES = 3
 """Forward once, backward twice; work that is repeated by recomputation does not count."""
@@ -162,6 +162,6 @@ def _block_matrices(width: int, kv_width: int, ffn_size: int) -> int:
 
 
 def _detector_matrices(config: ModelConfig) -> int:
-    if config.boundary_mode not in LEARNED_MODES:
+    if not config.boundary.is_learned:
         return 0
     return 2 * (config.boundary_size or config.d_token) * config.d_token

@@ -34,7 +34,7 @@ from megadlcm.config.constants import (
     INT64_BYTES,
     SMOOTHING_CHUNK,
 )
-from megadlcm.config.model import LEARNED_MODES
+from megadlcm.config.kernels import backend_candidates
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,12 @@ def arithmetic_of(config: RunConfig, on_gpu: bool = True) -> Arithmetic:
     """
     parallel, half = config.parallel, config.training.precision == "bf16"
     size = parallel.tensor_parallel_size
+    backends = backend_candidates(config.model.attention_backend).values()
     return Arithmetic(
         element=element_size(config),
         fused=on_gpu,
         # the kernels take half precision only; in fp32 `auto` falls back to the reference
-        kernels=on_gpu and half and config.model.attention_backend != "reference",
+        kernels=on_gpu and half and any(backend.attends_packed for backend in backends),
         split=size,
         rows=1.0 / size if parallel.sequence_parallel else 1.0,
     )
@@ -241,11 +242,15 @@ def _segmentation(
 ) -> float:
     """Norm and its output, detector in fp32, means of the segments, indices."""
     d, w = model.d_token, how.element
-    is_learned = model.boundary_mode in LEARNED_MODES
+    is_learned = model.boundary.is_learned
     size = (model.boundary_size or d) if is_learned else d
     # lengths of both vectors, raw and clamped, cosine, probability and decisions
-    detector = 0.0 if model.ratio_loss_detach_hidden and not is_learned else 7.0 * FP32_BYTES + 4
-    if detector:
+    scored = model.boundary.decides_by == "score"
+    trains = scored and (is_learned or not model.ratio_loss_detach_hidden)
+    detector = 7.0 * FP32_BYTES + 4 if trains else 0.0
+    if not scored:  # decisions, also as numbers
+        detector = FP32_BYTES + 2
+    if trains:
         detector += FP32_BYTES * 2 * size  # unit vectors
         if is_learned:
             detector += FP32_BYTES * 2 * size  # vectors
@@ -278,7 +283,7 @@ def _reader(
     of_concept = (
         how.rows * how.norm(c) + how.norm(c) + w * c + rotation + how.norm(kv, kv_heads) / t
     )
-    if model.boundary_mode == "ema_ste":  # what the confidence multiplies, and the confidence
+    if model.boundary.is_straight_through:  # what the confidence multiplies, and the confidence
         of_token += w * d + FP32_BYTES
     smoothing = _smoothing(model, how, num_concepts)  # in fp32, whatever the precision
     if how.kernels and model.concept_weighting == "count":
@@ -294,9 +299,9 @@ def _reader(
 
 def _smoothing(model: ModelConfig, how: Arithmetic, num_concepts: float) -> float:
     """The small matrices that smooth a chunk of concepts, and the chunks of chunks."""
-    if model.smoothing == "none" or model.boundary_mode == "fixed":
+    if not model.smooths:
         return 0.0
-    rows, c, trains_weights = num_concepts, model.d_concept, model.boundary_mode == "ema_ste"
+    rows, c, trains_weights = num_concepts, model.d_concept, model.boundary.is_straight_through
     kept = num_concepts * (FP32_BYTES + (FP32_BYTES * (c + 1) + 1 if trains_weights else 0))
     while True:  # chunks of concepts, then chunks of what enters those, ...
         num_chunks = math.ceil(rows / SMOOTHING_CHUNK)

@@ -9,7 +9,7 @@
 | `scores`     | the same                                        | T, fp32 or wider | -        |
 | `states`     | every chunk -> the next one                     | T x D or M x C   | yes      |
 | `hidden`     | segmentation -> concept reader, straight        | T x D            | yes      |
-| `confidence` | the same, mode `ema_ste`                        | T, fp32 or wider | yes      |
+| `confidence` | the same, straight-through modes                | T, fp32 or wider | yes      |
 
 "After the segmentation" includes the chunk that holds it. A gradient has the shape of what it is
 of, and goes the other way. With sequence parallelism each process of a tensor parallel group sends
@@ -120,7 +120,7 @@ def model_edges(
             # whole even with sequence parallelism: pool and reader need every token
             hidden = Edge(Content.HIDDEN, source, reader, width=model.d_token, number=Number.STATE)
             edges.append(hidden)
-            if model.boundary_mode == "ema_ste":
+            if model.boundary.is_straight_through:
                 # on its own edge: scores that only tell of decisions have no gradient
                 edges.append(Edge(Content.CONFIDENCE, source, reader))
     return tuple(edges)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from megadlcm.config import ModelConfig, RunConfig
 from megadlcm.config.anatomy import UnitKind
 from megadlcm.config.constants import BUCKET_ELEMENTS, FP32_BYTES
+from megadlcm.config.training import OPTIMIZERS
 from megadlcm.plan.accounting import count_parameters
 from megadlcm.plan.activations import (
     element_size,
@@ -21,8 +22,6 @@ from megadlcm.plan.activations import (
 )
 from megadlcm.plan.edges import Edge, edge_bytes, kept_edges
 from megadlcm.plan.stages import Chunk, model_units
-
-_MOMENTS = {"adamw": 2, "sgd": 0}
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def estimate_memory(
 
     # at stage 0 the weights are trained themselves, which is why bf16 needs stage 1
     master = FP32_BYTES if stage >= 1 else 0
-    moments = _MOMENTS[config.optimizer.name] * FP32_BYTES
+    moments = OPTIMIZERS[config.optimizer.name].num_moments * FP32_BYTES
     tokens = config.training.micro_batch_size * config.data.seq_len
     ratio = config.model.target_tokens_per_concept
     return MemoryEstimate(

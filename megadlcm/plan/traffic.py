@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from megadlcm.config import RunConfig
 from megadlcm.config.anatomy import UnitKind
 from megadlcm.config.constants import FP32_BYTES
-from megadlcm.config.model import GLOBAL_RATIO_MODES
 from megadlcm.plan.activations import element_size, rows_of, stack_widths
 from megadlcm.plan.edges import Edge, edge_bytes
 from megadlcm.plan.stages import Chunk, chunk_of
@@ -57,8 +56,7 @@ def counts_first(config: RunConfig, micro_batches: int) -> bool:
     """
     # with one micro-batch the forward pass itself knows them all before its loss
     return (
-        config.model.architecture == "dlcm"
-        and config.model.boundary_mode in GLOBAL_RATIO_MODES
+        config.model.boundary.ratio_over == "step"
         and config.training.ratio_loss_weight != 0
         and config.training.ratio_statistics == "same_step"
         and micro_batches > 1

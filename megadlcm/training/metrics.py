@@ -54,7 +54,7 @@ def step_row(
         result: sums and norms of the step.
         state: counters after the step.
         config: the run.
-        learning_rates: rate of each muP group in this step.
+        learning_rates: rate in this step of each muP group that has one.
         timing: throughput, seconds and memory.
         digest: digest of the global batch.
         world_size: processes of the run.
@@ -62,6 +62,9 @@ def step_row(
     Returns:
         The row, JSON-able.
     """
+    step_size = result.boundary_step_size
+    # its own key: it is no rate of AdamW, and its unit is that of W per unit of the gradient
+    steering = {} if step_size is None else {"boundary_step_size": step_size}
     return {
         "step": state.step,
         "consumed_samples": state.consumed_samples,
@@ -72,6 +75,7 @@ def step_row(
         "grad_norm": result.grad_norm,
         "grad_norm_by_group": result.group_grad_norms,
         "learning_rate": learning_rates,
+        **steering,
         # below here two equal runs may differ
         **timing,
         "batch_digest": digest,
@@ -106,7 +110,6 @@ class MetricsWriter:
             self.events.flush()
 
     def close(self) -> None:
-        """Flushes and closes."""
         self._rows.close()
         if self.events is not None:
             self.events.close()

@@ -19,6 +19,7 @@ _SCALARS = {
     "tokens_per_concept_threshold": "concepts/tokens_per_concept_threshold",
     "near_half_fraction": "concepts/near_half_fraction",
     "grad_norm": "grad_norm/total",
+    "boundary_step_size": "detector/step_size",
     "tokens_per_second": "throughput/tokens_per_second",
     "model_flops_utilization": "throughput/model_flops_utilization",
     "step_seconds": "time/step_seconds",
@@ -53,6 +54,7 @@ class TensorBoard:
         """Writes the numbers of a row under their tags."""
         step = row["step"]
         for key, tag in _SCALARS.items():
+            # a number in training rows, one for each domain in evaluation rows: `_GROUPS`
             if isinstance(row.get(key), int | float):
                 self._events.add_scalar(tag, row[key], step)
         for key, tag in _GROUPS.items():
@@ -74,6 +76,7 @@ class TensorBoard:
             return
         # from counts: TensorBoard's own binning would ask for every length, millions of them
         counts, lengths = np.array(concept_lengths, dtype=float), np.arange(len(concept_lengths))
+        # TensorBoard draws from the smallest to the largest length that occurs
         used = counts > 0
         self._events.add_histogram_raw(
             "concepts/length",
@@ -88,9 +91,7 @@ class TensorBoard:
         )
 
     def flush(self) -> None:
-        """Forces everything to the disk."""
         self._events.flush()
 
     def close(self) -> None:
-        """Flushes and closes."""
         self._events.close()

@@ -16,9 +16,9 @@ from megadlcm.model import build_model
 from megadlcm.model.scaling import parameter_table
 from megadlcm.run_folder.checkpoints import find_checkpoint
 from megadlcm.training import pretrain
-from tests.engine.test_objective import reference_gradients, sgd_run, worst_error
 from tests.support.checkpoints import load_tensors
 from tests.support.distributed import run_distributed
+from tests.support.gradients import reference_gradients, sgd_run, worst_error
 from tests.support.layouts import (
     SAVED_STEPS,
     Checks,

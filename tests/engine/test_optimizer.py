@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megadlcm.config import RunConfig
+from megadlcm.config.training import OPTIMIZERS
 from megadlcm.engine.optimizer import build_optimizer, parameter_groups
 from megadlcm.engine.ratio_control import LINEAR_EPS
 from megadlcm.model import build_model
@@ -73,6 +74,23 @@ def test_the_detector_takes_plain_gradient_steps_where_the_ratio_loss_alone_trai
     for group in groups:
         if group["steered"]:  # no averages, and an eps that no gradient reaches
             assert group["betas"] == (0.0, 0.0) and group["eps"] == LINEAR_EPS
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_keeps_as_many_moments_as_its_row_says(
+    make_run: Callable[..., RunConfig], name: str
+) -> None:
+    """Plans of memory read the row."""
+    config = make_run(optimizer={"name": name})
+    model = build_model(config.model, config.mup)
+    optimizer = build_optimizer(model, config)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for parameter in model.parameters():
+        state = optimizer.state.get(parameter, {}).values()
+        moments = [value for value in state if value is not None and value.shape == parameter.shape]
+        assert len(moments) == OPTIMIZERS[config.optimizer.name].num_moments
 
 
 def test_a_parameter_that_the_table_does_not_know_is_an_error(

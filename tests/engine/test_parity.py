@@ -252,7 +252,7 @@ def test_mistakes_are_caught(make: Make, alone: Trace) -> None:
 
 def disagree(config: RunConfig) -> str:
     """What happens when one process of a tensor parallel group sees other hidden states."""
-    from megadlcm.model.chunking import BoundaryDetector
+    from megadlcm.model.boundary_detector import BoundaryDetector
     from megadlcm.parallel.tensor import DisagreementError
 
     exact = BoundaryDetector.cosine

@@ -18,7 +18,7 @@ from megadlcm.engine.optimizer import parameter_groups
 from megadlcm.engine.ratio_control import LINEAR_EPS, RatioController
 from megadlcm.engine.state import TrainState
 from megadlcm.model import build_model
-from megadlcm.model.chunking import BoundaryDetector
+from megadlcm.model.boundary_detector import BoundaryDetector
 from megadlcm.model.output import ModelOutput
 from megadlcm.ops.boundary import NUM_PROBABILITY_BINS, BoundarySampling, sharpen
 from megadlcm.ops.packing import packing_from_offsets

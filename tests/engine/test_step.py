@@ -12,7 +12,7 @@ from data_pipeline.reading.batch import StepBatch, batch_digest
 from megadlcm.config import RunConfig
 from megadlcm.engine import masters as tensors
 from megadlcm.engine.engine import TrainingEngine
-from megadlcm.engine.objective import MicroBatchResult, Objective
+from megadlcm.engine.objective import SUMS, MicroBatchResult, Objective
 from megadlcm.engine.state import TrainState
 from megadlcm.engine.step import NonFiniteError, TrainStep, calibrate_boundaries
 from megadlcm.model import DLCM
@@ -71,7 +71,7 @@ def test_a_bad_loss_changes_nothing(
 
     def spoiled(*arguments: Any) -> MicroBatchResult:
         result = exact(*arguments)
-        result.stats.sums[0] = math.nan
+        result.stats.sums[SUMS.index("cross_entropy")] = math.nan
         return MicroBatchResult(result.loss * math.nan, result.stats)
 
     monkeypatch.setattr(Objective, "__call__", spoiled)

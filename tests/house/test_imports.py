@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "megadlcm.config": ("data_pipeline.config", "data_pipeline.errors"),
     "megadlcm.plan": _CONFIG,
     "megadlcm.run_folder": _RUN_FOLDER,
-    "megadlcm.ops": ("megadlcm.config.constants",),  # numbers that plans count with
+    "megadlcm.ops": ("megadlcm.config.constants", "megadlcm.config.kernels"),
     "megadlcm.model": _MODEL,
     "megadlcm.parallel": _PARALLEL,
     "megadlcm.engine": _ENGINE,
@@ -69,7 +69,7 @@ MAY_IMPORT = {
 # heavy dependency -> the files that may import it; webdataset is for readers of our shards
 DOORS: dict[str, tuple[str, ...]] = {
     "deepspeed": ("megadlcm/engine/engine.py",),
-    "flash_attn": ("megadlcm/ops/attention.py",),
+    "flash_attn": ("megadlcm/ops/backends/flash_attn.py",),
     "webdataset": (),
     "yaml": ("megadlcm/config/decode.py",),
     "torch.utils.tensorboard": ("megadlcm/training/tensorboard.py",),

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megadlcm.inference import decoding
 from megadlcm.inference.decoding import DecodeState, decode_step
 from megadlcm.model import DLCM
+from megadlcm.model.chunking import ReaderState
+from megadlcm.model.transformer import KeyValueCache
 from megadlcm.ops.packing import packing_from_offsets
 from megadlcm.ops.smoothing import exponential_smoothing
 from tests.support.tiny_models import (
@@ -84,13 +85,14 @@ def test_caches_hold_one_row_for_each_concept_and_counts_that_sum_to_the_tokens(
     for length in range(1, NUM_TOKENS + 1):
         decode_step(model, state, int(tokens_T[length - 1]))
         layout = model(tokens_T[:length], torch.tensor([0, length])).layout
-        assert state.run_lengths == layout.run_length_M.tolist()
-        assert sum(state.run_lengths) == length
+        assert state.reader.run_lengths == layout.run_length_M.tolist()
+        assert sum(state.reader.run_lengths) == length
         assert state.encoder.length == state.decoder.length == length
         assert state.backbone.length == state.num_concepts == layout.num_concepts
-        assert state.concept_key.shape[0] == state.concept_value.shape[0] == layout.num_concepts
-        assert all(key.shape[0] == layout.num_concepts for key in state.backbone.keys)
-        assert state.open_count == int((layout.pooled_concept_T < 0).sum())
+        caches = [state.reader.concepts, *state.backbone.blocks]
+        assert len(caches) == 3
+        assert all(part.shape[0] == layout.num_concepts for cache in caches for part in cache.rows)
+        assert state.pool.count == int((layout.pooled_concept_T < 0).sum())
 
 
 def test_a_document_of_one_token_can_be_decoded() -> None:
@@ -122,7 +124,7 @@ def test_fixed_boundaries_fall_on_the_same_tokens(ratio: float) -> None:
     stepped, state = decode(model, tokens_T)
     with torch.no_grad():
         whole = model(tokens_T, torch.tensor([0, 80]))
-    assert state.run_lengths == whole.layout.run_length_M.tolist()
+    assert state.reader.run_lengths == whole.layout.run_length_M.tolist()
     assert (stepped - whole.logits_TV).abs().max() < 1e-12
     assert any((place / ratio).is_integer() for place in range(1, 80))
 
@@ -162,7 +164,7 @@ def test_decoding_in_lower_precision_stays_close(dtype: torch.dtype) -> None:
 
 def run_starts(state: DecodeState) -> Tensor:
     """Boundaries of the tokens that were decoded, bool."""
-    starts = [[True] + [False] * (length - 1) for length in state.run_lengths]
+    starts = [[True] + [False] * (length - 1) for length in state.reader.run_lengths]
     return torch.tensor([start for run in starts for start in run])
 
 
@@ -174,9 +176,9 @@ def test_the_moving_average_is_carried_in_fp32() -> None:
     weight_M = torch.full((600,), 0.01)
     packing = packing_from_offsets(torch.tensor([0, 600]))
     expected = exponential_smoothing(concept_MC.double(), weight_M, packing)
-    state, coarse, steps = DecodeState(), concept_MC[:1], []
+    state, coarse, steps = ReaderState(), concept_MC[:1], []
     for concept_1C, weight in zip(concept_MC.split(1), weight_M, strict=True):
-        steps.append(decoding._smooth_step(model, state, concept_1C, weight))
+        steps.append(model.concept_reader.smooth_step(concept_1C, weight, state))
         mixed = weight * concept_1C.float() + (1 - weight) * coarse.float()
         coarse = mixed.bfloat16()
     assert state.smooth_1C.dtype == torch.float32
@@ -190,10 +192,10 @@ def test_counts_are_not_rounded_to_half_precision() -> None:
     model = tiny_model(token_kv_heads=4).to(torch.bfloat16)
     runs = [1000, 700, 300, 7]
     value = torch.eye(4).unsqueeze(1).expand(4, 4, 4).bfloat16()
-    state = DecodeState(concept_key=torch.zeros_like(value), concept_value=value, run_lengths=runs)
+    state = ReaderState(KeyValueCache(torch.zeros_like(value), value), run_lengths=runs)
     with torch.no_grad():
         model.concept_reader.wo.weight.copy_(torch.eye(16))
         hidden_1D = torch.randn(1, 16, generator=torch.Generator().manual_seed(38)).bfloat16()
-        read_1D = decoding._read_concepts(model, state, hidden_1D)
+        read_1D = model.concept_reader._read_step(hidden_1D, state)
     expected = torch.tensor(runs, dtype=torch.float64).div(sum(runs)).repeat(4)
     assert (read_1D[0] / expected - 1).abs().max() <= 2**-8, "one rounding of the result"

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megadlcm.config import RunConfig
 from megadlcm.model.transformer import Stack, StackShape
-from megadlcm.ops import attention
+from megadlcm.ops.backends import varlen
 from megadlcm.ops.packing import packing_from_offsets
 from megadlcm.parallel.partition import build_stage_model
 from megadlcm.parallel.process_group import join_process_group
@@ -124,7 +124,7 @@ def test_kernels_of_attention_libraries_run_once(
 ) -> None:
     """They are operators of their own, which are known by the library that registers them."""
     kernel, calls = stand_in_kernel(library)
-    monkeypatch.setattr(attention, "_varlen_attention", lambda q, k, v, packing: kernel(q, k, v))
+    monkeypatch.setattr(varlen, "attend_documents", lambda q, k, v, packing: kernel(q, k, v))
     shape, counts = SHAPES["token"], {}
     packing = packing_from_offsets(torch.tensor([0, ROWS], dtype=torch.int32), ROWS)
     for mode in MODES:

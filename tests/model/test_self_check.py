@@ -19,6 +19,7 @@ from tests.support.tiny_models import (
     ALIGNS,
     BOUNDARY_MODES,
     EXTRA_VARIANTS,
+    neighbour_cosines,
     random_documents,
     tiny_config,
     tiny_model,
@@ -89,8 +90,8 @@ def test_a_freshly_initialised_model_is_checked_as_sharply(
     model = build_model(config, MupConfig())
     if calibrated:
         (tokens_T,) = random_documents([64], seed=3)
-        cosine_T = model.boundaries(tokens_T, torch.tensor([0, 64])).cosine_T
-        model.boundary_detector.calibrate(cosine_T[1:])
+        cosine = neighbour_cosines(model, tokens_T, torch.tensor([0, 64]))
+        model.boundary_detector.calibrate(cosine)
     model.to(dtype)
     check_causality(model)
     use_literal_layout(monkeypatch)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megadlcm.ops import attention
 from megadlcm.ops.attention import choose_backend, concept_attention, self_attention
+from megadlcm.ops.backends import reference
 from megadlcm.ops.packing import Packing, packing_from_offsets
 from megadlcm.ops.segments import ConceptLayout, concept_layout, replicate
 
@@ -111,13 +111,13 @@ def test_self_attention_is_a_softmax_in_each_document(
 def test_documents_of_equal_length_share_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """A guard: without it the batched path above could be dead."""
     calls: list[int] = []
-    run = attention._document_attention
+    run = reference.masked_attention
 
     def count(query: Tensor, key: Tensor, value: Tensor, bias: None, count: int = 1) -> Tensor:
         calls.append(count)
         return run(query, key, value, bias, count)
 
-    monkeypatch.setattr(attention, "_document_attention", count)
+    monkeypatch.setattr(reference, "masked_attention", count)
     packing = packing_of([3, 3, 3, 1, 5, 5, 2])
     inputs = draw(2, *[(packing.num_rows, 2, HEAD_SIZE)] * 2)
     self_attention(*inputs, packing, "reference")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import pytest
 import torch
 
 from data_pipeline.errors import InputError
+from megadlcm.config.kernels import ATTENTION_BACKENDS, BackendTraits
 from megadlcm.model.language_model import attention_backend
 from megadlcm.ops import attention
-from megadlcm.ops.attention import choose_backend
+from megadlcm.ops.attention import backend_module, choose_backend
+from megadlcm.ops.backends import reference
 from megadlcm.training import checks
 from megadlcm.training.checks import check_launch
 from tests.support.tiny_models import tiny_config
@@ -29,10 +32,26 @@ def make_gpu(monkeypatch: pytest.MonkeyPatch) -> MakeGpu:
 
     def make(capability: tuple[int, int] = (9, 0), flash: bool = True, varlen: bool = True) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
-        monkeypatch.setattr(attention, "_has_flash_attn", lambda: flash)
-        monkeypatch.setattr(attention, "_has_varlen", lambda: varlen)
+        installed = {"flash_attn": flash, "torch.nn.attention.varlen": varlen, "": True}
+        monkeypatch.setattr(attention, "is_installed", installed.__getitem__)
 
     return make
+
+
+@pytest.mark.parametrize("name", ATTENTION_BACKENDS)
+def test_a_back_end_is_a_file_of_its_name_with_two_functions(name: str) -> None:
+    """Read without its package, which only a call needs."""
+    module = backend_module(name)
+    for function in ("attend_documents", "attend_concepts"):
+        own = inspect.signature(getattr(module, function)).parameters
+        assert len(own) == len(inspect.signature(getattr(reference, function)).parameters)
+
+
+def test_auto_ends_with_a_back_end_that_runs_anywhere() -> None:
+    name, needs = list(ATTENTION_BACKENDS.items())[-1]
+    assert needs == BackendTraits(attends_packed=False, kept_operators=needs.kept_operators)
+    assert choose_backend(name, CPU, torch.float64, [5]) == name
+    assert all(traits.kept_operators for traits in ATTENTION_BACKENDS.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

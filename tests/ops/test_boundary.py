@@ -23,12 +23,12 @@ from megadlcm.ops.boundary import (
     sharpen,
     threshold_boundaries,
 )
-from megadlcm.ops.packing import Packing, packing_from_offsets
+from megadlcm.ops.packing import packing_from_offsets
 
 
-def one_document(length: int) -> Packing:
-    """A pack of one document."""
-    return packing_from_offsets(torch.tensor([0, length]), length)
+def one_document(length: int) -> Tensor:
+    """Places of the tokens of one document."""
+    return torch.arange(length)
 
 
 def probability_of(states_TD: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def test_the_score_is_the_formula_of_the_paper() -> None:
     generator = torch.Generator().manual_seed(0)
     query_TD, key_TD = torch.randn(2, 9, 5, generator=generator, dtype=torch.float64)
     packing = packing_from_offsets(torch.tensor([0, 4, 5, 9]), 9)
-    prob_T = boundary_probability(neighbour_cosine(query_TD, key_TD), packing)
+    prob_T = boundary_probability(neighbour_cosine(query_TD, key_TD), packing.position)
     for token in range(9):
         expected = 1.0
         if token not in (0, 4, 5):
@@ -67,9 +67,9 @@ def test_identical_and_opposite_neighbours_reach_the_ends_of_the_range(dtype: to
 
 def test_a_tie_is_a_boundary_whoever_decides() -> None:
     """Peers' list 17: p = 0.5 exactly; zero vectors give that and count as a boundary."""
-    packing = one_document(4)
+    position_T = one_document(4)
     tie_T = torch.tensor([1.0, 0.5, 0.5 - 2**-25, 0.5])
-    assert threshold_boundaries(tie_T, packing).tolist() == [True, True, False, True]
+    assert threshold_boundaries(tie_T, position_T).tolist() == [True, True, False, True]
     assert sharpen(tie_T, 1e9)[1] > 0.99, "training draws the same way"
     assert sharpen(tie_T, 1e9)[2] < 0.01
     zero_TD = torch.zeros(4, 3)
@@ -105,7 +105,7 @@ def test_the_score_can_be_differentiated() -> None:
     for offset in (0.0, 0.1):
         assert torch.autograd.gradcheck(
             lambda states, offset=offset: boundary_probability(
-                neighbour_cosine(states, states), packing, offset
+                neighbour_cosine(states, states), packing.position, offset
             ),
             states_TD,
         )
@@ -120,14 +120,14 @@ def test_sharpening_follows_its_formula_and_flips_as_often_as_stated() -> None:
     ends = torch.tensor([0.0, 1.0])
     assert torch.equal(sharpen(ends, 6.0), ends)
     num_draws = 400_000
-    packing = one_document(num_draws)
+    position_T = one_document(num_draws)
     for probability in (0.05, 0.2, 0.4, 0.5, 0.6, 0.95):
         prob_T = torch.full((num_draws,), probability)
         drawn_T = sample_boundaries(
-            prob_T, 6.0, BoundarySampling(0, 3, torch.arange(num_draws)), packing
+            prob_T, 6.0, BoundarySampling(0, 3, torch.arange(num_draws)), position_T
         )
         sharp = float(sharpen(torch.tensor(probability).double(), 6.0))
-        flipped = float((drawn_T != threshold_boundaries(prob_T, packing)).double().mean())
+        flipped = float((drawn_T != threshold_boundaries(prob_T, position_T)).double().mean())
         rate = min(sharp, 1 - sharp)
         assert abs(flipped - rate) < 5 * math.sqrt(rate / num_draws) + 1e-5
 
@@ -135,12 +135,12 @@ def test_sharpening_follows_its_formula_and_flips_as_often_as_stated() -> None:
 def test_decisions_at_uniform_probabilities_flip_one_time_in_twenty() -> None:
     """Peers' list 35: 4.9 % for uniform p at a sharpening of 6."""
     num_draws = 400_000
-    packing = one_document(num_draws)
+    position_T = one_document(num_draws)
     prob_T = torch.rand(num_draws, generator=torch.Generator().manual_seed(4))
     drawn_T = sample_boundaries(
-        prob_T, 6.0, BoundarySampling(0, 0, torch.arange(num_draws)), packing
+        prob_T, 6.0, BoundarySampling(0, 0, torch.arange(num_draws)), position_T
     )
-    flipped = float((drawn_T != threshold_boundaries(prob_T, packing)).double().mean())
+    flipped = float((drawn_T != threshold_boundaries(prob_T, position_T)).double().mean())
     uniform_p = torch.linspace(0, 1, 200_001, dtype=torch.float64)
     sharp = sharpen(uniform_p, 6.0)
     rate = float(torch.minimum(sharp, 1 - sharp).mean())
@@ -166,9 +166,9 @@ def test_every_document_starts_with_a_boundary_even_at_probability_zero() -> Non
     prob_T = torch.zeros(6)
     starts = [True, True, False, False, True, False]
     sampling = BoundarySampling(0, 0, torch.arange(6))
-    assert sample_boundaries(prob_T, 6.0, sampling, packing).tolist() == starts
-    assert threshold_boundaries(prob_T, packing).tolist() == starts
-    assert threshold_boundaries(prob_T, packing, threshold=2.0).tolist() == starts
+    assert sample_boundaries(prob_T, 6.0, sampling, packing.position).tolist() == starts
+    assert threshold_boundaries(prob_T, packing.position).tolist() == starts
+    assert threshold_boundaries(prob_T, packing.position, threshold=2.0).tolist() == starts
 
 
 @pytest.mark.parametrize("ratio", [1.0, 2.0, 2.5, 3.7, 4.0, 1e6])
@@ -209,7 +209,7 @@ def test_forced_boundaries_keep_segments_short_and_stay_causal(
     packing = packing_from_offsets(offsets, int(offsets[-1]))
     mask_T = torch.tensor([decision for document in documents for decision in document])
     mask_T |= packing.position == 0
-    limited_T = limit_segments(mask_T, packing, limit)
+    limited_T = limit_segments(mask_T, limit)
     assert bool((limited_T | ~mask_T).all())
     for start, stop in zip(packing.bounds, packing.bounds[1:], strict=False):
         places = limited_T[start:stop].nonzero().flatten()
@@ -220,7 +220,7 @@ def test_forced_boundaries_keep_segments_short_and_stay_causal(
             since = 0 if mask_T[token] or since + 1 == limit else since + 1
             assert bool(limited_T[token]) == (since == 0)
     for stop in range(1, packing.bounds[1] + 1):
-        prefix = limit_segments(mask_T[:stop], one_document(stop), limit)
+        prefix = limit_segments(mask_T[:stop], limit)
         assert torch.equal(prefix, limited_T[:stop])
 
 
@@ -228,11 +228,11 @@ def test_bf16_states_are_compared_in_fp32() -> None:
     """Peers' list 36: against fp64 given the same states; doing it in bf16 flips far more."""
     generator = torch.Generator().manual_seed(5)
     states_TD = torch.randn(40_000, 64, generator=generator).to(torch.bfloat16)
-    packing = one_document(40_000)
-    reference = threshold_boundaries(probability_of(states_TD.double()), packing)
+    position_T = one_document(40_000)
+    reference = threshold_boundaries(probability_of(states_TD.double()), position_T)
     prob_T = probability_of(states_TD)
     assert prob_T.dtype == torch.float32
-    flipped = (threshold_boundaries(prob_T, packing) != reference).double().mean()
+    flipped = (threshold_boundaries(prob_T, position_T) != reference).double().mean()
     unit_TD = torch.nn.functional.normalize(states_TD, dim=-1)
     coarse_T = (unit_TD[:-1] * unit_TD[1:]).sum(-1)
     coarse = torch.nn.functional.pad(coarse_T <= 0, (1, 0), value=True)
@@ -244,7 +244,7 @@ def test_the_histogram_counts_tokens_that_have_a_predecessor() -> None:
     """Document starts have p = 1 by decree and say nothing of the threshold."""
     packing = packing_from_offsets(torch.tensor([0, 3, 6]), 6)
     prob_T = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.5, 0.99999])
-    histogram = probability_histogram(prob_T, packing)
+    histogram = probability_histogram(prob_T, packing.position)
     assert histogram.sum() == 4
     assert histogram[0] == 1
     assert histogram[-1] == 2

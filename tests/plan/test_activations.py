@@ -13,7 +13,7 @@ from torch import Tensor
 from megadlcm.config import RunConfig, load_config
 from megadlcm.config.anatomy import UnitId, UnitKind
 from megadlcm.model import LanguageModel
-from megadlcm.ops import attention
+from megadlcm.ops.backends import varlen
 from megadlcm.parallel.partition import build_stage_model
 from megadlcm.parallel.process_group import join_process_group
 from megadlcm.plan.activations import rotation_bytes, unit_activation_bytes
@@ -137,7 +137,7 @@ def test_kernels_of_a_gpu_keep_less(
         return attended
 
     monkeypatch.setattr(torch.nn.functional, "rms_norm", norm)
-    monkeypatch.setattr(attention, "_varlen_attention", attend)
+    monkeypatch.setattr(varlen, "attend_documents", attend)
     if precision == "bf16":
         monkeypatch.setattr(LanguageModel, "backend", lambda _: "varlen")
     overrides = (f"training.precision={precision}", f"parallel.recompute={recompute}")

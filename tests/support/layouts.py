@@ -26,7 +26,7 @@ from megadlcm.engine.state import TrainState
 from megadlcm.engine.step import NonFiniteError, StepResult, TrainStep, global_batch_digest
 from megadlcm.inference.evaluation import Evaluator
 from megadlcm.model import build_model
-from megadlcm.model.chunking import BoundaryOutput
+from megadlcm.model.boundary_detector import BoundaryOutput
 from megadlcm.ops.packing import Packing
 from megadlcm.parallel.process_group import join_process_group
 from megadlcm.training import pretrain

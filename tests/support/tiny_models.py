@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadlcm.config import ModelConfig, MupConfig
+from megadlcm.config import ModelConfig, MupConfig, boundary_modes
 from megadlcm.model import DLCM, build_model
-from megadlcm.model.chunking import DetectorOutput
+from megadlcm.model.boundary_detector import BoundaryOutput
 from megadlcm.ops.boundary import BoundarySampling
 from megadlcm.ops.packing import Packing
 
 VOCAB_SIZE = 48
-BOUNDARY_MODES = ("learned_global", "learned_local", "rule", "fixed", "ema_ste")
+BOUNDARY_MODES = tuple(boundary_modes.BOUNDARY_MODES)
 ALIGNS = ("end", "start_shift")
 WEIGHTINGS = ("count", "uniform")
 SMOOTHINGS = ("ema", "none")
@@ -91,15 +91,27 @@ def tiny_model(*, seed: int = 0, training: bool = False, **options: Any) -> DLCM
     assert isinstance(model, DLCM)
     perturb_gains(model, seed)
     tokens_T, cu_seqlens = pack(random_documents([40, 40, 40], seed=99))
-    with torch.no_grad():
-        boundary = model.boundaries(tokens_T, cu_seqlens)
-    inner = boundary.cosine_T[position_in_document(cu_seqlens) > 0]
+    inner = neighbour_cosines(model, tokens_T, cu_seqlens)
     if model.boundary_detector.calibrates:
         model.boundary_detector.calibrate(inner)
     if model.boundary_detector.tracks_threshold:
         model.boundary_detector.threshold.fill_(float(((1 - inner) / 2).quantile(0.6)))
     model.train(training)
     return model
+
+
+@torch.no_grad()
+def neighbour_cosines(model: DLCM, tokens_T: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The detector's cosines of the tokens that have a predecessor."""
+    hidden: list[Tensor] = []
+    hook = model.boundary_detector.register_forward_pre_hook(
+        lambda _module, inputs: hidden.append(inputs[0])
+    )
+    try:
+        model.boundaries(tokens_T, cu_seqlens)
+    finally:
+        hook.remove()
+    return model.boundary_detector.cosine(hidden[0])[position_in_document(cu_seqlens) > 0]
 
 
 @torch.no_grad()
@@ -133,7 +145,7 @@ def force_boundaries(model: DLCM, decide: Callable[[Tensor], Tensor]) -> None:
     """Replaces the detector's decision by a function of the position inside the document."""
     original = model.boundary_detector.forward
 
-    def forward(hidden_TD: Tensor, packing: Packing, sampling: BoundarySampling) -> DetectorOutput:
+    def forward(hidden_TD: Tensor, packing: Packing, sampling: BoundarySampling) -> BoundaryOutput:
         output = original(hidden_TD, packing, sampling)
         mask_T = decide(packing.position) | (packing.position == 0)
         return dataclasses.replace(output, mask_T=mask_T, threshold_mask_T=mask_T)

@@ -68,7 +68,8 @@ SCALARS = {
     "concepts/tokens_per_concept_threshold",
     "grad_norm/total",
     *(f"grad_norm/{group}" for group in GROUPS),
-    *(f"learning_rate/{group}" for group in GROUPS),
+    *(f"learning_rate/{group}" for group in GROUPS - {"boundary"}),
+    "detector/step_size",
     "throughput/tokens_per_second",
     "throughput/model_flops_utilization",
     "time/step_seconds",
@@ -193,13 +194,19 @@ def test_rows_have_every_promised_key(run_folder: Path) -> None:
     assert [row["step"] for row in evaluation] == [3, 5, 6, 8]
     for row in train:
         assert row.keys() >= STEP_KEYS
-        assert row["learning_rate"].keys() == row["grad_norm_by_group"].keys() == GROUPS
+        assert row["grad_norm_by_group"].keys() == GROUPS
+        assert row["learning_rate"].keys() == GROUPS - {"boundary"}
+        assert min(row["learning_rate"].values()) > 0.0
+        assert max(row["learning_rate"].values()) <= 1e-3
         assert len(bytes.fromhex(row["batch_digest"])) >= 16
         assert row["consumed_samples"] == 4 * row["step"]
         ratio = row["tokens_per_concept"]
         assert ratio * row["boundary_fraction"] == pytest.approx(1.0) and ratio > 1.0
         norms = row["grad_norm_by_group"].values()
         assert row["grad_norm"] == pytest.approx(math.hypot(*norms))
+    # 0 where F meets its target; far from any learning rate else
+    sizes = [row["boundary_step_size"] for row in train]
+    assert min(sizes) >= 0.0 and sorted(sizes)[1] > 1.0
     for row in evaluation:
         assert row.keys() >= EVAL_KEYS and row["tokens_per_concept"].keys() == {"en", "code"}
     assert [row["restart_count"] for row in train] == [0] * 5 + [1] * 3
@@ -232,7 +239,8 @@ def test_tensorboard_shows_the_numbers_of_the_rows(run_folder: Path) -> None:
     for tag, read in (
         ("train/loss", lambda row: row.get("loss")),
         ("grad_norm/concept", lambda row: row.get("grad_norm_by_group", {}).get("concept")),
-        ("learning_rate/boundary", lambda row: row.get("learning_rate", {}).get("boundary")),
+        ("learning_rate/concept", lambda row: row.get("learning_rate", {}).get("concept")),
+        ("detector/step_size", lambda row: row.get("boundary_step_size")),
         ("eval/bits_per_byte/en", lambda row: row.get("bits_per_byte_by_domain", {}).get("en")),
     ):
         expected = [value for value in map(read, rows) if value is not None]
@@ -252,6 +260,24 @@ def test_tensorboard_has_concept_lengths_and_sample_texts(run_folder: Path) -> N
     assert [event.step for event in texts] == [3, 5, 6, 8]
     shown = texts[-1].tensor_proto.string_val[0].decode()
     assert "tokens per concept" in shown and "\u2502" in shown
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"optimizer": {"boundary_gain": 0.0}}, {"model": {"boundary_mode": "ema_ste"}}],
+    ids=["boundary_gain=0", "ema_ste"],
+)
+def test_a_detector_that_is_not_steered_has_a_learning_rate(
+    make_run: MakeRun, options: dict[str, Any]
+) -> None:
+    config = make_run(training={"train_steps": 2}, **options)
+    assert pretrain.run(config) == 0
+    folder = Path(config.output_dir)
+    for row in (row for row in read_rows(folder) if "loss" in row):
+        assert row["learning_rate"].keys() == row["grad_norm_by_group"].keys() == GROUPS
+        assert "boundary_step_size" not in row
+    tags = set(events_of(folder).Tags()["scalars"])
+    assert "learning_rate/boundary" in tags and "detector/step_size" not in tags
 
 
 def test_the_dense_control_has_no_rows_about_concepts(make_run: MakeRun) -> None:

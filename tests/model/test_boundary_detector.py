@@ -15,7 +15,7 @@ from torch import Tensor
 from data_pipeline.tokenizer import load_tokenizer
 from megadlcm.config import MupConfig, load_config
 from megadlcm.model import DLCM, build_model
-from megadlcm.model.chunking import BoundaryDetector
+from megadlcm.model.boundary_detector import BoundaryDetector
 from megadlcm.model.output import ModelOutput
 from megadlcm.ops.boundary import (
     BoundarySampling,
@@ -29,6 +29,7 @@ from tests.support.paths import ROOT
 from tests.support.tiny_models import (
     ALIGNS,
     BOUNDARY_MODES,
+    neighbour_cosines,
     pack,
     position_in_document,
     random_documents,
@@ -194,6 +195,7 @@ def test_boundaries_are_decided_in_fp32_in_half_precision(setting: str) -> None:
     half = torch.autocast("cpu", torch.bfloat16, enabled=setting == "autocast")
     with half, torch.no_grad():
         output = detector(hidden_TD, packing, sampling)
+        own_cosine_T = detector.cosine(hidden_TD)
         query_TD, key_TD = (
             hidden_TD @ projection.weight.bfloat16().T
             for projection in (detector.w_q, detector.w_k)
@@ -204,13 +206,13 @@ def test_boundaries_are_decided_in_fp32_in_half_precision(setting: str) -> None:
     with torch.no_grad():
         wide = (projection.weight.double().T for projection in (detector.w_q, detector.w_k))
         exact_T = neighbour_cosine(*(hidden_TD.double() @ weight for weight in wide))
-    assert output.prob_T.dtype == output.cosine_T.dtype == torch.float32
+    assert output.prob_T.dtype == own_cosine_T.dtype == torch.float32
     limit = float(detector.offset)
     flipped, coarse_flipped = (
         float(((cosine_T <= limit) != (exact_T <= limit))[1:].double().mean())
-        for cosine_T in (output.cosine_T, coarse_T)
+        for cosine_T in (own_cosine_T, coarse_T)
     )
-    assert float((output.mask_T != (output.cosine_T <= limit))[1:].double().mean()) < 1e-4
+    assert float((output.mask_T != (own_cosine_T <= limit))[1:].double().mean()) < 1e-4
     assert flipped < 5e-4
     assert coarse_flipped > 5e-3, "the control must show the difference"
 
@@ -230,7 +232,11 @@ def test_a_whole_model_in_half_precision_keeps_its_boundary_path(setting: str) -
     assert output.boundary.prob_T.dtype == torch.float32
     with torch.no_grad():
         exact_T = model.boundary_detector.double().cosine(got[0].double())
-    assert (output.boundary.cosine_T - exact_T).abs().max() < 1e-6
+        offset = model.boundary_detector.offset
+    inner_T = position_in_document(cu_seqlens) > 0
+    # p moves by half of what a cosine moves
+    expected_T = ((1 - exact_T + offset) / 2).clamp(0, 1)
+    assert (output.boundary.prob_T - expected_T)[inner_T].abs().max() < 0.5e-6
 
 
 def test_the_tracked_threshold_reaches_the_quantile_that_gives_the_ratio() -> None:
@@ -248,7 +254,7 @@ def test_the_tracked_threshold_reaches_the_quantile_that_gives_the_ratio() -> No
         start = float(detector.threshold) - quantile
         assert abs(output.mask_T.double().mean() * 4 - 1) > 0.3, "starts away from its target"
         for step in range(1, 41):
-            detector.track_threshold(probability_histogram(output.prob_T, packing))
+            detector.track_threshold(probability_histogram(output.prob_T, packing.position))
             left = float(detector.threshold) - quantile
             assert abs(left - start * 0.9**step) < 2e-3
         mask_T = detector(hidden_TD, packing, sampling).mask_T
@@ -291,15 +297,12 @@ def test_a_calibrated_model_starts_near_its_ratio_on_real_text(
     assert isinstance(model, DLCM)
     detector = model.boundary_detector
     first, second = real_documents[:8], real_documents[8:]
-    with torch.no_grad():
-        cosine_T = model.boundaries(*pack(first)).cosine_T
-    starts = pack(first)[1][:-1].long()
-    inner_T = torch.ones_like(cosine_T, dtype=torch.bool).index_fill(0, starts, False)
+    cosine = neighbour_cosines(model, *pack(first))
     for ratio in (2.0, 4.0, 8.0):
         detector.config = dataclasses.replace(config, target_tokens_per_concept=ratio)
         detector.offset.zero_()
         uncalibrated, _ = starting_fractions(model, second)
-        detector.calibrate(cosine_T[inner_T])
+        detector.calibrate(cosine)
         for documents in (first, second) if embedding_std == 1.0 else (first,):
             for fraction in starting_fractions(model, documents):
                 assert 1 / (2 * ratio) <= fraction <= 2 / ratio
@@ -320,10 +323,7 @@ def test_every_shipped_width_starts_near_its_ratio_on_real_text(
     assert isinstance(model, DLCM)
     documents = [document % config.vocab_size for document in real_documents]
     first, second = documents[:4], documents[4:8]
-    with torch.no_grad():
-        boundary = model.boundaries(*pack(first))
-    inner_T = position_in_document(pack(first)[1]) > 0
-    model.boundary_detector.calibrate(boundary.cosine_T[inner_T])
+    model.boundary_detector.calibrate(neighbour_cosines(model, *pack(first)))
     ratio = config.target_tokens_per_concept
     thresholded, _ = starting_fractions(model, second)
     assert 1 / (2 * ratio) <= thresholded <= 2 / ratio
