@@ -52,5 +52,5 @@ def test_the_bare_loop_takes_the_steps_of_the_trainer(tmp_path: Path) -> None:
     fractions = [summary.boundary_fraction for summary in summaries]
     assert [row["boundary_fraction"] for row in rows] == pytest.approx(fractions)
     assert len(set(fractions)) > 1 and rows[-1]["loss"] < rows[0]["loss"] - 0.01
-    rates = [row["learning_rate"]["boundary"] for row in rows]
+    rates = [row["boundary_step_size"] for row in rows]
     assert max(rates) > 0.0  # the detector moves in both; a loop that forgot it would drift away
