@@ -94,6 +94,8 @@ def lock_new_file(path: str) -> FileLock:
         FileExistsError: it is there already.
         NoLocksError: the file system knows no locks.
     """
+    # between these two calls another process may take it for abandoned: callers hold a lock of the
+    # folder meanwhile
     lock = _opened(path, os.O_CREAT | os.O_EXCL)
     try:
         _flock(lock, path, fcntl.LOCK_EX)
@@ -110,6 +112,7 @@ def is_locked(path: str) -> bool:
     except FileNotFoundError:
         return False
     try:
+        # to ask is to try: what the kernel knows of other holders it tells in no other way
         _flock(lock, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -127,6 +130,7 @@ def _lock(path: Path, kind: int) -> FileLock:
 
 
 def _opened(path: str | Path, flags: int) -> FileLock:
+    # 0o666 less the umask: other users of a shared folder need the lock too
     return FileLock(os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, 0o666))
 
 

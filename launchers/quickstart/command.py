@@ -94,6 +94,7 @@ def _prepare_data(folder: Path, code_bytes: int) -> list[str]:
     sources: dict[str, list[dict[str, Any]]] = {"train": [], "valid": []}
     for split, entries in sources.items():
         for domain in _DOMAINS:
+            # a folder for each: held-out text must be a source of its own
             shards = folder / f"{domain}_{split}"
             entries.append({"path": str(shards), "weight": 1.0, "name": domain})
             _megadlcm(
@@ -108,5 +109,6 @@ def _megadlcm(*arguments: str) -> None:
     """Runs one command of the command line, showing it first."""
     print(f"\n$ megadlcm {shlex.join(arguments)}", flush=True)
     done = subprocess.run([sys.executable, "-m", "megadlcm", *arguments], check=False)
+    # its own line says what was wrong; the code tells scripts
     if done.returncode != 0:
         raise SystemExit(done.returncode)

@@ -22,6 +22,7 @@ def print_report(run_folder: Path, seconds: float) -> None:
     # without held-out data, or without concepts, there is less to tell
     evaluation = [{}, *evaluation_rows(rows)][-1]
     last = steps[-1]
+    # the last third: the ratio has settled by then, and the speed is that of warm caches
     recent = steps[-max(len(steps) // 3, 1) :]
     speed = sorted(row["tokens_per_second"] for row in recent)[len(recent) // 2]
     print(

@@ -120,6 +120,7 @@ def resume(engine: TrainingEngine, config: RunConfig) -> TrainState | None:
     masters.write_model(engine, load_file(path / files.MODEL))
     masters.write_optimizer(engine, load_file(path / files.OPTIMIZER))
     state = TrainState.from_dict(description["train_state"])
+    # rows of this start can then be told from those that it repeats
     state.restart_count += 1
     state.data_phases = phases
     logger.info("resumed from %s (step %d, start %d)", path, state.step, state.restart_count + 1)

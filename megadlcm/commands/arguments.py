@@ -12,6 +12,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         parser: parser of a command.
     """
     parser.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/dlcm_87m.yaml")
+    # as words of their own and not as options: YAML values begin with brackets, quotes, signs
     parser.add_argument(
         "overrides",
         nargs="*",

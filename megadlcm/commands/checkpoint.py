@@ -61,6 +61,7 @@ def run_list(arguments: argparse.Namespace) -> int:
     from megadlcm.run_folder import checkpoints
 
     root = _root(arguments.run_dir)
+    # for people only: resuming looks at the folders themselves
     latest_file = root / files.LATEST
     latest = latest_file.read_text(encoding="utf-8").strip() if latest_file.is_file() else ""
     found = checkpoints.list_steps(root)
@@ -98,6 +99,7 @@ def run_verify(arguments: argparse.Namespace) -> int:
     ]
     print(render_table((), rows, left=(0, 1, 2)))
     num_damaged = sum(bool(checkpoint.problem) for checkpoint in found)
+    # after the table: whoever reads it wants to see the others too
     if num_damaged:
         raise InputError(
             f"{root}: {num_damaged} of {len(found)} checkpoints damaged; a run passes over "

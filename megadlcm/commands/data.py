@@ -104,6 +104,7 @@ def run_simulate(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     batch = config.training.global_batch_size
     shape = RunShape(batch, arguments.data_parallel_size, config.total_steps * batch)
+    # as far as the run goes; a start behind its end is refused later, with its own line
     left = max(1, min(DEFAULT_SAMPLES, shape.train_samples - arguments.start))
     samples = left if arguments.samples is None else arguments.samples
     simulator = Simulator(config.data, arguments.start, samples)
@@ -120,6 +121,7 @@ def _previewed(arguments: argparse.Namespace) -> DataConfig:
     from megadlcm.config import DataConfig, SourceConfig, load_config
 
     location: str = arguments.config
+    # a config is a file; what is a folder or a URL holds shards
     if "://" not in location and not Path(location).is_dir():
         for name, key in (("seq-len", "seq_len"), ("cache-dir", "cache_dir")):
             value = getattr(arguments, key)

@@ -117,6 +117,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"megadlcm {__version__}")
     commands: Any = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    # all of them whatever the word is: adding a parser is cheap, what runs is imported later
     for module in _COMMANDS.values():
         module.add_parser(commands)
     if command not in _COMMANDS:

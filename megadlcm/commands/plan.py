@@ -105,6 +105,7 @@ def _run_layouts(arguments: argparse.Namespace, config: RunConfig, hardware: Har
     if arguments.verify:
         raise InputError("--verify is for one layout; leave --layouts out", key="--layouts")
     ranking = rank_layouts(config, hardware)
+    # no answer is wrong input: the machines, the memory or the model must change
     if not ranking.layouts:
         reasons = "; ".join(f"{count}: {reason}" for reason, count in ranking.refused.items())
         raise InputError(f"no layout of {hardware.world_size} processes works: {reasons}")

@@ -35,6 +35,7 @@ def render_ranking(ranking: Ranking, count: int) -> str:
 
 
 def _parts_table(plan: Plan) -> str:
+    # an embedding has parameters and no products
     total = plan.flops_per_token["total"]
     rows = []
     for part, count in plan.parameters.items():
@@ -63,6 +64,7 @@ def _layout_lines(plan: Plan) -> str:
         f"GiB sent by a process in a step: {traffic.tensor / GIB:.3f} inside layers, "
         f"{traffic.pipeline / GIB:.3f} between stages, {traffic.data / GIB:.3f} between replicas"
     )
+    # what the other placements would send, for the same number of stages
     if len(layout.stages) > 1:
         folded = traffic.pipeline_folded
         lines.append(
@@ -122,6 +124,7 @@ def _time_table(plan: Plan) -> str:
 
 def _time_rows(plan: Plan) -> list[tuple[str, str]]:
     layout, step = plan.layout, plan.layout.step_seconds
+    # without a peak there is no guess: a wrong one would look like a promise
     if plan.seconds is None or step is None or plan.utilization is None:
         return [("time", "not known: give --peak-tflops or logging.peak_tflops")]
     hours = plan.seconds / 3600

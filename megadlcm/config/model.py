@@ -137,6 +137,7 @@ class ModelConfig:
         require_at_least("model", self, 1, "sharpening")
         require_positive("model", self, "rope_theta", "norm_eps")
         self._check_heads("d_token", "token_heads", "token_kv_heads")
+        # the dense control reads only what it has; its other fields may stay at their defaults
         if self.architecture == "dlcm":
             require_at_least("model", self, 1, *_LAYER_KEYS, "concept_ffn_size")
             self._check_heads("d_concept", "concept_heads", "concept_kv_heads")
@@ -189,6 +190,7 @@ class ModelConfig:
         require_at_least("model", self, 1, width_key, heads_key, kv_heads_key)
         width, heads = getattr(self, width_key), getattr(self, heads_key)
         kv_heads = getattr(self, kv_heads_key)
+        # rotary positions turn pairs of numbers
         if width % heads or (width // heads) % 2:
             raise InputError(
                 f"model.{width_key} = {width} over model.{heads_key} = {heads} gives a head size "
@@ -204,6 +206,7 @@ class ModelConfig:
 
     def _check_segments(self) -> None:
         ratio = self.target_tokens_per_concept
+        # at 1 the ratio loss divides by R - 1 = 0
         if not (math.isfinite(ratio) and ratio > 1):
             raise InputError(
                 f"model.target_tokens_per_concept = {ratio}, must be > 1; "
@@ -216,6 +219,7 @@ class ModelConfig:
                 "limit; choose one",
                 key="model.max_segment_tokens",
             )
+        # the controller would push F below what the forced boundaries alone give
         if 0 < self.max_segment_tokens < ratio:
             raise InputError(
                 f"model.max_segment_tokens = {self.max_segment_tokens}, must be >= "

@@ -58,6 +58,7 @@ class ParallelConfig:
                 "parallel.zero_stage=1",
                 key="parallel.zero_stage",
             )
+        # a setting without an effect is a mistake about the layout
         if self.sequence_parallel and self.tensor_parallel_size == 1:
             raise InputError(
                 "parallel.sequence_parallel = true needs parallel.tensor_parallel_size > 1: it "

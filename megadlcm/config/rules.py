@@ -62,6 +62,7 @@ def require_share(section: str, config: Any, *keys: str) -> None:
     """
     for key in keys:
         value = getattr(config, key)
+        # 95 for 95 % is the usual slip
         if not 0.0 <= value <= 1.0:
             dotted = _dotted(section, key)
             raise InputError(

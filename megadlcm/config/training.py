@@ -81,6 +81,7 @@ class TrainingConfig:
             )
         require_at_least("training", self, 1, "train_steps", "train_tokens")
         require_at_least("training", self, 1, "global_batch_size", "micro_batch_size")
+        # on any number of replicas; how many there are is known later
         if self.global_batch_size % self.micro_batch_size:
             raise InputError(
                 f"training.global_batch_size = {self.global_batch_size} is not a multiple of "
@@ -152,6 +153,7 @@ class OptimizerConfig:
         require_positive("optimizer", self, "learning_rate", "eps")
         require_at_least("optimizer", self, 0, "weight_decay", *_GROUP_RATES)
         require_share("optimizer", self, "boundary_gain")
+        # at 1 the running averages would never move
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise InputError(
                 f"optimizer.betas = {list(self.betas)}, each must be >= 0 and < 1; "
@@ -160,6 +162,7 @@ class OptimizerConfig:
             )
 
 
+# 0 is allowed: a group that does not train
 _GROUP_RATES = ("token_learning_rate", "concept_learning_rate", "boundary_learning_rate")
 
 
@@ -217,6 +220,7 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         """Checks the ranges; raises InputError."""
         require_at_least("checkpoint", self, 0, "interval_steps", "keep")
+        # refused rather than ignored: a run would stop at each save without saying why
         if self.asynchronous:
             raise InputError(
                 "checkpoint.async = true, must be false: this version writes checkpoints between "

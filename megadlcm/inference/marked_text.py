@@ -18,6 +18,7 @@ _BROKEN_CHARACTER = "\ufffd"
 
 def choose_documents(documents: Sequence[Document], count: int) -> list[Document]:
     """Takes the first documents of each domain in turn, so that every domain is seen."""
+    # a small domain would not be seen among the first documents of all
     by_domain: dict[str, list[Document]] = {}
     for document in documents:
         by_domain.setdefault(document.domain, []).append(document)

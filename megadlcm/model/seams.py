@@ -55,6 +55,7 @@ class Seams:
         return 0
 
 
+# one object for all: `is WHOLE` tells a model on one device
 WHOLE = Seams()
 
 

@@ -78,7 +78,8 @@ class Flow:
 def start_flow(model: LanguageModel, batch: MicroBatch) -> Flow:
     """Describes a micro-batch before its first unit."""
     packing = packing_from_offsets(batch.cu_seqlens, batch.tokens_T.numel())
-    # as in `forward`: a document is segmented alike alone and packed
+    # the default of `forward`, so that stages draw what one device draws: by place, a document
+    # is segmented alike alone and packed
     sampling = batch.sampling or BoundarySampling(seed=0, step=0, token_index_T=packing.position)
     return Flow(batch.tokens_T, packing, sampling, model.backend())
 
@@ -125,11 +126,13 @@ def _run_blocks(model: LanguageModel, kind: UnitKind, blocks: list[int], flow: F
 
 
 def _embed(model: LanguageModel, flow: Flow) -> None:
+    # from here to the head a process keeps its own rows between layers, where they are sharded
     flow.states = model.seams.split_rows(model.token_embedding(flow.tokens_T))
 
 
 def _segment(model: LanguageModel, flow: Flow) -> None:
     assert isinstance(model, DLCM) and flow.states is not None
+    # whole rows: a segment may begin on one process's rows and end on another's
     flow.hidden_TD = model.encoder.finish(flow.states, flow.packing)
     boundary = model.boundary_detector(flow.hidden_TD, flow.packing, flow.sampling)
     segment(flow, boundary, model.config.segment_align)
@@ -148,6 +151,7 @@ def _read_concepts(model: LanguageModel, flow: Flow) -> None:
 
 def _predict(model: LanguageModel, flow: Flow) -> None:
     assert flow.states is not None
+    # the head's vocabulary is sharded instead of the rows
     states_TD = model.final_stack.finish(flow.states, flow.packing)
     flow.logits_TV, flow.vocabulary = model.logits(states_TD), model.vocabulary
 

@@ -88,7 +88,7 @@ class ParallelMesh:
     @property
     def tensor_parallel_rank(self) -> int:
         """Which shard of each layer this process holds."""
-        return self.rank % self.tensor_parallel_size
+        return self.rank % self.tensor_parallel_size  # the fastest axis: neighbours, on one node
 
     @property
     def data_parallel_rank(self) -> int:
@@ -108,6 +108,7 @@ class ParallelMesh:
     @property
     def reads_data(self) -> bool:
         """Whether this process reads the samples of its replica and hands them to the others."""
+        # the storage is asked once, however many processes share a model
         return self.tensor_parallel_rank == 0 and self.pipeline_rank == 0
 
     def rank_of_stage(self, stage: int) -> int:

@@ -46,6 +46,7 @@ class TensorSeams(Seams):
         return self.sum_from_layer(partial)
 
     def copy_to_layer(self, states: Tensor) -> Tensor:
+        # no copy of the rows: what differs is their gradient, which is summed over the group
         copied: Tensor = CopyToLayer.apply(states, self.group)
         return copied
 
@@ -112,14 +113,17 @@ class SequenceSeams(TensorSeams):
     """Sequence parallel: norms and residuals run on 1/P of the rows between the layers."""
 
     def split_rows(self, states: Tensor) -> Tensor:
+        # gradients are gathered, not summed: every process had the same whole rows
         kept: Tensor = SplitRows.apply(states, self.group)
         return kept
 
     def join_rows(self, states: Tensor, num_rows: int) -> Tensor:
+        # for what every process computes alike, such as boundaries: each takes back its own rows
         whole: Tensor = JoinRows.apply(states, num_rows, self.group)
         return whole
 
     def to_layer(self, states: Tensor, num_rows: int) -> Tensor:
+        # in front of shards of a layer, whose gradients are different summands
         gathered: Tensor = GatherToLayer.apply(states, num_rows, self.group)
         return gathered
 

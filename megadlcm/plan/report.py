@@ -130,6 +130,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
 
 def ranking_to_dict(ranking: Ranking, count: int) -> dict[str, Any]:
     """Spells the first layouts of a ranking in plain values, for `--json`."""
+    # the whole plan of each, so that a script can choose by what it likes
     layouts = [
         dataclasses.asdict(layout) | {"plan": _layout_to_dict(layout.plan)}
         for layout in ranking.layouts[:count]

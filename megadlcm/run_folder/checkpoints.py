@@ -96,6 +96,7 @@ def commit(root: Path, step: int, writers: Mapping[str, Callable[[Path], None]])
 
 def find_problem(folder: Path) -> str:
     """Says what is wrong with a checkpoint folder; empty if every file is as the manifest says."""
+    # the manifest is written last: without it nothing else in the folder says anything
     manifest_path = folder / files.MANIFEST
     if not manifest_path.is_file():
         return f"{files.MANIFEST} is missing (the checkpoint was never committed)"
@@ -108,6 +109,7 @@ def find_problem(folder: Path) -> str:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
+        # sizes first: they cost nothing, and most torn files are short
         if path.stat().st_size != num_bytes:
             return f"{name} has {path.stat().st_size} bytes, the manifest says {num_bytes}"
         if sha256_of(path) != sha256:

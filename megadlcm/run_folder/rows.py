@@ -32,6 +32,7 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         InputError: a whole line that is not a row.
     """
+    # a run that has just begun has no row yet, which is no error to whoever watches it
     if path.is_dir():
         path /= files.METRICS
     if not path.exists():
@@ -85,7 +86,7 @@ class RowFile:
             return
         self._written.add(key)
         line = (json.dumps(row, allow_nan=False) + "\n").encode()
-        # one call: a line is there or torn, not mixed
+        # one call: a line is there or torn, never mixed with another process's
         if os.write(self._descriptor, line) < len(line):
             raise OSError(f"{files.METRICS}: the disk took only a part of a row")
 

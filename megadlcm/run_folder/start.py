@@ -32,6 +32,7 @@ def prepare_run_folder(config: RunConfig, resumed: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     metrics = folder / files.METRICS
     if not resumed and metrics.exists() and _curve_of(config) != _saved_curve(folder):
+        # set aside, not removed: whoever changed the config may want the curve
         number = 1
         while (aside := folder / f"{files.METRICS}.{number}").exists():
             number += 1

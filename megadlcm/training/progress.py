@@ -36,6 +36,7 @@ class ProgressReport:
     def show(self, row: dict[str, Any]) -> None:
         """Shows a training row; the log file gets a line for each."""
         numbers = _numbers(row)
+        # the log has every row, whatever the screen leaves out
         eta = self._remaining(row["step"])
         line = f"step {row['step']}/{self.train_steps}  {numbers}  ETA {eta}"
         logger.info(line)
@@ -65,7 +66,7 @@ class ProgressReport:
         return f"[progress.download]{step:{len(str(self.train_steps))}d}/{self.train_steps}[/]"
 
     def _remaining(self, step: int) -> str:
-        done = step - self._first_step
+        done = step - self._first_step  # of this start: an earlier one may have been faster
         seconds = (time.perf_counter() - self._started) / max(done, 1) * (self.train_steps - step)
         minutes, seconds = divmod(round(seconds), 60)
         hours, minutes = divmod(minutes, 60)

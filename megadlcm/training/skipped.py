@@ -96,6 +96,7 @@ class SkippedRecord:
             step = state.step + 1
             rows = [{"step": step} | asdict(place) for place in batch.skipped]
             self._write(f"rank_{self._mesh.rank:04d}.jsonl", rows)
+        # after the record, so that what stopped the run can be read there
         if state.skipped_tokens > self._data.max_skipped_tokens:
             raise DamagedDataError(
                 f"data.max_skipped_tokens = {self._data.max_skipped_tokens}: "

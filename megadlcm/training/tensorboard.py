@@ -55,6 +55,7 @@ class TensorBoard:
         step = row["step"]
         for key, tag in _SCALARS.items():
             # a number in training rows, one for each domain in evaluation rows: `_GROUPS`
+            # `tokens_per_concept` is a number in training rows and by domain in evaluation rows
             if isinstance(row.get(key), int | float):
                 self._events.add_scalar(tag, row[key], step)
         for key, tag in _GROUPS.items():

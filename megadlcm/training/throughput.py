@@ -69,6 +69,7 @@ def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     for _ in range(_REPETITIONS):
         start = _synchronized_time(device)
         torch.mm(matrix, matrix)
+        # the best and not the mean: what else runs on the machine only makes it slower
         best = min(best, _synchronized_time(device) - start)
     return 2.0 * size**3 / best
 

@@ -170,6 +170,7 @@ class Trainer:
         self.progress.show(row)
 
     def _evaluate(self) -> None:
+        # no held-out data is a choice: `data.valid=[]`
         if self.evaluator is None:
             return
         arrive(f"evaluation after step {self.state.step}")
