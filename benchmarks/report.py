@@ -9,6 +9,7 @@ from typing import Any
 
 from megadlcm.config import load_config
 from megadlcm.plan.accounting import flops_per_token
+from megadlcm.run_folder.rows import evaluation_rows, read_rows, training_rows
 
 _WINDOW = 50
 _DOMAINS = ("en", "zh", "code", "math")
@@ -30,9 +31,8 @@ def summarize(run_folder: Path, suite: str, model: str, seed: int) -> dict[str, 
     Returns:
         Plain numbers.
     """
-    rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [row for row in rows if "loss" in row]
-    evaluation = [row for row in rows if "eval_loss" in row][-1]
+    rows = read_rows(run_folder)
+    steps, evaluation = training_rows(rows), evaluation_rows(rows)[-1]
     last_third = steps[-(len(steps) // 3) :]
     config = load_config(run_folder / "config.yaml")
     summary = {

@@ -42,6 +42,7 @@ from megadlcm.model import DLCM, LanguageModel, build_model
 from megadlcm.parallel.mesh import ParallelMesh
 from megadlcm.parallel.process_group import join_process_group
 from megadlcm.plan.accounting import flops_per_token
+from megadlcm.run_folder.rows import read_rows
 from megadlcm.training.pretrain import open_trainer
 from megadlcm.training.trainer import Trainer
 
@@ -160,11 +161,11 @@ class _TrainerConcepts:
     """Realised compression of the trainer's steps from here on, from its metrics file."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self._path = Path(trainer.config.output_dir) / "metrics.jsonl"
-        self._skip = len(self._path.read_text().splitlines())
+        self._folder = Path(trainer.config.output_dir)
+        self._skip = len(read_rows(self._folder))
 
     def ratio(self) -> float:
-        rows = [json.loads(line) for line in self._path.read_text().splitlines()[self._skip :]]
+        rows = read_rows(self._folder)[self._skip :]
         return statistics.harmonic_mean(row["tokens_per_concept"] for row in rows)
 
 

@@ -84,7 +84,7 @@ class DataConfig:
     new_phase: bool = False
     """Let a resumed run go on with other train sources or weights, as a recorded new phase."""
 
-    read_attempts: int = 5
+    read_attempts: int = StorageOptions.attempts
     """Times a failing read is tried, with growing pauses, before the run ends."""
 
     timeout_seconds: float = 600.0
@@ -93,7 +93,7 @@ class DataConfig:
     cache_dir: str | None = None
     """Folder on a local disk for copies of shards that are read by URL."""
 
-    cache_bytes: int = 100_000_000_000
+    cache_bytes: int = StorageOptions.cache_bytes
     """Most bytes of copies kept there, by all processes of the machine together."""
 
     tokenizer: str | None = None

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from data_pipeline.errors import InputError
 
+SHARD_TOKENS = 10_000_000
+"""Most tokens of a shard, where nothing else is asked for."""
+PART_BYTES = 256 << 20
+"""Bytes of input that a task takes up at once, where nothing else is asked for."""
+
 
 def check_least(option: str, value: int | None, least: int, way_out: str = "give a count") -> None:
     """Refuses a number that is too small.

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.commands.arguments import add_command
+from data_pipeline.commands.arguments import add_command, integer
 from data_pipeline.commands.inspection import add_folder_parsers
 from data_pipeline.errors import InputError
+from data_pipeline.options import PART_BYTES, SHARD_TOKENS
 
 DATA_EXAMPLE = """\
 example:
@@ -62,7 +63,7 @@ def _add_tokenizer(commands: Any) -> None:
     )
     _add_input(tokenizer)
     tokenizer.add_argument(
-        "--vocab-size", type=int, required=True, metavar="N", help="most entries it may have"
+        "--vocab-size", type=integer(1), required=True, metavar="N", help="most entries it may have"
     )
     tokenizer.add_argument(
         "--output", type=Path, required=True, metavar="FILE", help="tokenizer.json to write"
@@ -88,8 +89,8 @@ def _add_prepare(commands: Any) -> None:
     )
     prepare.add_argument(
         "--shard-tokens",
-        type=int,
-        default=10_000_000,
+        type=integer(1),
+        default=SHARD_TOKENS,
         metavar="N",
         help="most tokens of a shard (default: %(default)s)",
     )
@@ -102,33 +103,45 @@ def _add_prepare(commands: Any) -> None:
     # None, not 0, is their default: prepared.json keeps what was asked for.
     for name, what in (("min", "fewer"), ("max", "more")):
         prepare.add_argument(
-            f"--{name}-tokens", type=int, metavar="N", help=f"leave out documents of {what} tokens"
+            f"--{name}-tokens",
+            type=integer(1),
+            metavar="N",
+            help=f"leave out documents of {what} tokens",
         )
     prepare.add_argument(
         "--deduplicate", action="store_true", help="keep the first of documents with equal texts"
     )
+    _add_sharing(prepare)
+    prepare.add_argument("--overwrite", action="store_true", help="replace finished shards")
+    prepare.set_defaults(run=run_prepare)
+
+
+def _add_sharing(prepare: argparse.ArgumentParser) -> None:
+    """Adds who does the work: processes of one task, and tasks of an array."""
     prepare.add_argument(
         "--workers",
-        type=int,
+        type=integer(1),
         default=1,
         metavar="N",
         help="encoding processes (default: 1, on all cores)",
     )
     prepare.add_argument(
-        "--task", type=int, default=0, metavar="I", help="number of this task, from 0 (default: 0)"
+        "--task",
+        type=integer(0),
+        default=0,
+        metavar="I",
+        help="number of this task, from 0 (default: 0)",
     )
     prepare.add_argument(
-        "--num-tasks", type=int, default=1, metavar="N", help="tasks that share the work"
+        "--num-tasks", type=integer(1), default=1, metavar="N", help="tasks that share the work"
     )
     prepare.add_argument(
         "--part-bytes",
-        type=int,
-        default=256 << 20,
+        type=integer(1),
+        default=PART_BYTES,
         metavar="N",
         help="input that a task takes up at once; shards end with it (default: %(default)s)",
     )
-    prepare.add_argument("--overwrite", action="store_true", help="replace finished shards")
-    prepare.set_defaults(run=run_prepare)
 
 
 def run_tokenizer(arguments: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from data_pipeline.commands.arguments import add_command
+from data_pipeline.commands.arguments import add_command, integer
 from data_pipeline.errors import InputError, StorageError
 
 INSPECT_EXAMPLE = """\
@@ -42,7 +42,7 @@ def add_folder_parsers(commands: Any) -> None:
     add_location(verify)
     verify.add_argument(
         "--workers",
-        type=int,
+        type=integer(1),
         metavar="N",
         help="processes that verify shards (default: one per processor core)",
     )

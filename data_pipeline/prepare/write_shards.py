@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_pipeline.errors import InputError, StorageError
-from data_pipeline.options import check_least
+from data_pipeline.options import PART_BYTES, SHARD_TOKENS, check_least
 from data_pipeline.output_folder import make_output_folder
 from data_pipeline.prepare.deduplicate import duplicates_of, find_duplicates
 from data_pipeline.prepare.documents import describe_left_out
@@ -43,7 +43,7 @@ class PrepareOptions:
     """Tokenizer file or folder."""
     output: Path
     """Shard folder to write."""
-    shard_tokens: int = 10_000_000
+    shard_tokens: int = SHARD_TOKENS
     """Most text tokens of a shard; a longer document has a shard of its own."""
     domain: str | None = None
     """Domain of documents that name none; None means "code" in source trees, else "text"."""
@@ -59,7 +59,7 @@ class PrepareOptions:
     """Leave out and count documents with more tokens."""
     deduplicate: bool = False
     """Leave out and count documents whose text occurred before."""
-    part_bytes: int = 256 << 20
+    part_bytes: int = PART_BYTES
     """Input files are worked on in parts of this size; shards end where a part ends."""
     task: int = 0
     """Which parts are for this process: task, task + num_tasks, ..."""

@@ -55,7 +55,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
     start = time.monotonic()
     if any(override.startswith("output_dir=") for override in arguments.overrides):
-        raise InputError("output_dir is the folder `run` of --folder; give that instead")
+        text = "output_dir is the folder `run` of --folder; give that instead"
+        raise InputError(text, key="output_dir")
     folder: Path = arguments.folder
     overrides = [f"output_dir={folder / 'run'}", *arguments.overrides]
     load_config(_CONFIG, overrides)  # a slip of the pen must not cost the earlier run
@@ -75,7 +76,8 @@ def _remove_earlier_run(run_folder: Path) -> None:
         return
     if run_folder.is_symlink() or not is_run_folder(run_folder):
         raise InputError(
-            f"{run_folder} is not the folder of a run and stays as it is; choose another --folder"
+            f"{run_folder} is not the folder of a run and stays as it is; choose another --folder",
+            key="--folder",
         )
     print(f"removing the earlier run in {run_folder}", flush=True)
     shutil.rmtree(run_folder)

@@ -1,4 +1,4 @@
-"""Saves a run, resumes it, and loads its model on a laptop.
+"""Saves a run and resumes it.
 
 A checkpoint holds tensors under parameter names, not DeepSpeed's own files: `model.safetensors`
 (fp32 master values and buffers), `optimizer.safetensors` (`<parameter>.exp_avg`, ...) and

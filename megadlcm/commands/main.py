@@ -73,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: 0 done, 1 failed while running, 2 the input was wrong or is damaged,
         130 interrupted from the keyboard.
     """
-    arguments = _parse(argv)
     try:
+        arguments = _parse(argv)
         code = int(arguments.run(arguments))
         sys.stdout.flush()  # here, where a closed pipe still has an answer
         return code

@@ -139,8 +139,10 @@ def check_deepspeed_version(installed: str | None = None) -> None:
     installed = installed or version("deepspeed")
     numbers = tuple(int(part) for part in installed.split("+")[0].split(".")[:3] if part.isdigit())
     if not OLDEST_DEEPSPEED <= numbers < FIRST_UNKNOWN_DEEPSPEED:
+        bounds = (OLDEST_DEEPSPEED, FIRST_UNKNOWN_DEEPSPEED)
+        oldest, unknown = (".".join(map(str, bound)) for bound in bounds)
         raise InputError(
-            f"deepspeed = {installed}, must be >= 0.19.8 and < 0.20; "
+            f"deepspeed = {installed}, must be >= {oldest} and < {unknown}; "
             "install the version that constraints.txt names"
         )
 
@@ -240,7 +242,7 @@ class TrainingEngine:
             return squares  # replicated: replica 0 speaks for all
         # under ZeRO each replica holds a partition of its own, and each element is counted once
         for group, gradients in zip(self.optimizer.param_groups, self._gradients(), strict=True):
-            if group["cut"] or mesh.tensor_parallel_rank == 0:
+            if group["is_sharded"] or mesh.tensor_parallel_rank == 0:
                 squares[GROUPS.index(group["mup_group"])] += square_sum(gradients, mesh.device)
         return squares
 
@@ -263,7 +265,7 @@ class TrainingEngine:
             for sub_group, gradients in zero.averaged_gradients.items():
                 groups[zero.sub_group_to_group_id[sub_group]].extend(gradients)
             return groups
-        # stages 1 and 2, as flat pieces
+        # stages 1 and 2, as flat partitions
         return [
             list(zero.averaged_gradients[index])
             for index in range(len(self.optimizer.param_groups))

@@ -3,7 +3,7 @@
 Under ZeRO the optimizer sees flat fp32 partitions of parameter groups. DeepSpeed knows the place of
 each parameter in them: stages 1 and 2 hang the means to read and write it on the parameter itself
 (`get_full_hp_param`, `set_full_hp_param`), stage 3 on its optimizer. Through them a checkpoint
-holds whole tensors under their names, which any layout can read: pieces of a tensor parallel group
+holds whole tensors under their names, which any layout can read: shards of a tensor parallel group
 are put together and other stages send theirs to rank 0. Reading and writing are collective: every
 process must call them.
 """
@@ -60,7 +60,7 @@ def write_model(engine: TrainingEngine, tensors: Mapping[str, Tensor]) -> None:
     """
     with torch.no_grad():
         for name, parameter in engine.model.named_parameters():
-            value = _own_piece(engine, name, tensors[name])
+            value = _own_shard(engine, name, tensors[name])
             if engine.zero_optimizer is None:
                 parameter.copy_(value)
             else:
@@ -133,21 +133,21 @@ def write_optimizer(engine: TrainingEngine, tensors: Mapping[str, Tensor]) -> No
         for key in keys:
             if key == STEP_KEY:
                 continue  # set above
-            value = _own_piece(engine, name, tensors[f"{name}.{key}"])
+            value = _own_shard(engine, name, tensors[f"{name}.{key}"])
             if engine.zero_optimizer is None:
                 engine.optimizer.state[owner][key].copy_(value)
             else:
                 _set(engine, parameter, value, key)
 
 
-def _own_piece(engine: TrainingEngine, name: str, whole: Tensor) -> Tensor:
+def _own_shard(engine: TrainingEngine, name: str, whole: Tensor) -> Tensor:
     mesh, part = engine.mesh, engine.partition.specs[name]
     own = shard(whole, part.dimension, mesh.tensor_parallel_rank, mesh.tensor_parallel_size)
     return own.to(mesh.device)
 
 
 def _collect(engine: TrainingEngine, part: ShardSpec, value: Tensor | None) -> Tensor | None:
-    """Puts the pieces of a tensor together and brings it to rank 0; collective.
+    """Puts the shards of a tensor together and brings it to rank 0; collective.
 
     Args:
         engine: the engine.

@@ -40,7 +40,7 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
 
     Returns:
         Groups in a fixed order, as torch optimizers take them, with keys of our own: `mup_group`
-        (name), `cut` (by tensor parallelism), `peak_learning_rate`, and `steered` where
+        (name), `is_sharded` (by tensor parallelism), `peak_learning_rate`, and `steered` where
         `ratio_control` sets the rate.
     """
     rules = parameter_table(model, config.model, config.mup)
@@ -48,19 +48,19 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
     for name, parameter in model.named_parameters():
         # ZeRO lays a group end to end: what is counted once and what on each process of a tensor
         # parallel group must not lie in one
-        cut = bool(getattr(parameter, "tensor_model_parallel", False))
-        members.setdefault((*_group_key(rules[name]), cut), []).append(parameter)
+        is_sharded = bool(getattr(parameter, "tensor_model_parallel", False))
+        members.setdefault((*_group_key(rules[name]), is_sharded), []).append(parameter)
     groups = []
     # a fixed order: flat buffers and checkpoints follow it, on every process alike
     for key in sorted(members, key=lambda key: (GROUPS.index(key[0]), key[1:])):
-        group, learning_rate_scale, eps_scale, decays, cut = key
+        group, learning_rate_scale, eps_scale, decays, is_sharded = key
         peak = base_learning_rate(config.optimizer, group) * learning_rate_scale
         steered = group == "boundary" and steers_detector(config)
         groups.append(
             {
                 "params": members[key],
                 "mup_group": group,
-                "cut": cut,
+                "is_sharded": is_sharded,
                 "steered": steered,
                 # a steered group stands still until its controller has spoken
                 "peak_learning_rate": 0.0 if steered else peak,

@@ -10,8 +10,8 @@ import torch
 from data_pipeline.reading.shards import Document
 from data_pipeline.tokenizer import Tokenizer
 from megadlcm.model.units import MicroBatch
+from megadlcm.run_folder import files
 
-BOUNDARY_MARK = "\u2502"
 SAMPLE_TOKENS = 256
 _BROKEN_CHARACTER = "\ufffd"
 
@@ -75,4 +75,4 @@ def mark_boundaries(tokens: list[int], mask: list[bool], tokenizer: Tokenizer) -
                 open_tokens = []
         open_tokens.append(token)
     pieces.append(tokenizer.decode(open_tokens))
-    return BOUNDARY_MARK.join(pieces)
+    return files.BOUNDARY_MARK.join(pieces)

@@ -19,8 +19,7 @@ class Dense(LanguageModel):
     def __init__(self, config: ModelConfig, output_scale: float) -> None:
         super().__init__(config, output_scale)
         # all at token width: the control of the same depth
-        num_layers = config.encoder_layers + config.backbone_layers + config.decoder_layers
-        self.decoder = Stack(token_shape(config, num_layers))
+        self.decoder = Stack(token_shape(config, config.num_layers))
 
     @property
     def stacks(self) -> list[Stack]:

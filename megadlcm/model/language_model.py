@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from megadlcm.config import ModelConfig
 from megadlcm.config.kernels import AttentionBackend
+from megadlcm.config.parallel import Recompute
 from megadlcm.model.output import ModelOutput
-from megadlcm.model.seams import WHOLE, Seams, is_own_token
+from megadlcm.model.seams import WHOLE, Seams
 from megadlcm.model.transformer import Linear, Stack
 from megadlcm.ops.attention import choose_backend
 from megadlcm.ops.boundary import BoundarySampling
-from megadlcm.ops.cross_entropy import VocabularyPart
+from megadlcm.ops.cross_entropy import VocabularyPart, is_own_token
 
 
 class Embedding(nn.Embedding):
@@ -116,8 +118,9 @@ class LanguageModel(nn.Module, ABC):
         Raises:
             ValueError: another mode.
         """
-        if mode not in ("none", "selective", "block"):
-            raise ValueError(f"recompute={mode!r} must be none, selective or block")
+        if mode not in get_args(Recompute):
+            *names, last = get_args(Recompute)
+            raise ValueError(f"recompute={mode!r} must be {', '.join(names)} or {last}")
         # the stacks read it at each pass: it may change between steps
         for stack in self.stacks:
             stack.recompute = mode

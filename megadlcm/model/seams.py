@@ -1,4 +1,4 @@
-"""Where a model may be cut over processes: the places at which tensor parallelism communicates.
+"""Where a model may be sharded over processes: the places at which tensor parallelism communicates.
 
 The model is written for one device and calls these methods where something else than a plain
 tensor may be needed; here they do nothing. `megadlcm.parallel.tensor` has the ones that
@@ -7,12 +7,11 @@ communicate.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
 class Seams:
-    """A model that is not cut: every method hands back what it was given."""
+    """A model that is whole: every method hands back what it was given."""
 
     def split_rows(self, states: Tensor) -> Tensor:
         """Whole rows -> the rows that this process keeps between layers."""
@@ -23,7 +22,7 @@ class Seams:
         return states
 
     def to_layer(self, states: Tensor, num_rows: int) -> Tensor:
-        """Kept rows -> the input of a layer whose heads or inner width are cut."""
+        """Kept rows -> the input of a layer whose heads or inner width are sharded."""
         return states
 
     def from_layer(self, partial: Tensor) -> Tensor:
@@ -31,11 +30,11 @@ class Seams:
         return partial
 
     def copy_to_layer(self, states: Tensor) -> Tensor:
-        """Whole rows -> the input of a layer that is cut."""
+        """Whole rows -> the input of a layer that is sharded."""
         return states
 
     def sum_from_layer(self, partial: Tensor) -> Tensor:
-        """Output of a layer that is cut -> whole rows of the sum."""
+        """Output of a layer that is sharded -> whole rows of the sum."""
         return partial
 
     def agree(self, decisions: Tensor) -> Tensor:
@@ -57,21 +56,3 @@ class Seams:
 
 # one object for all: `is WHOLE` tells a model on one device
 WHOLE = Seams()
-
-
-def is_own_token(tokens_T: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
-    """Finds the tokens of one part of the vocabulary.
-
-    Args:
-        tokens_T: token ids, int64 (T,).
-        start: first id of the part.
-        size: ids in the part.
-
-    Returns:
-        Ids counted from the start of the part, 0 for foreign ones, int64 (T,); whether each token
-        belongs to the part, bool (T,).
-    """
-    local_T = tokens_T - start
-    own_T = (local_T >= 0) & (local_T < size)
-    # a valid id also for foreign tokens: lookups need no mask
-    return torch.where(own_T, local_T, torch.zeros_like(local_T)), own_T

@@ -111,11 +111,22 @@ class ParallelMesh:
         # the storage is asked once, however many processes share a model
         return self.tensor_parallel_rank == 0 and self.pipeline_rank == 0
 
+    def rank_at(self, stage: int, data_parallel_rank: int, tensor_parallel_rank: int) -> int:
+        """The process at a place of the run."""
+        replica = stage * self.data_parallel_size + data_parallel_rank
+        return replica * self.tensor_parallel_size + tensor_parallel_rank
+
     def rank_of_stage(self, stage: int) -> int:
         """The process with this one's place in its layers and replicas, on another stage."""
-        # stages are the slowest axis of the ranks
-        per_stage = self.tensor_parallel_size * self.data_parallel_size
-        return stage * per_stage + self.rank % per_stage
+        return self.rank_at(stage, self.data_parallel_rank, self.tensor_parallel_rank)
+
+    def replica_ranks(self) -> list[tuple[int, int]]:
+        """Rank and stage of every process of this replica, in rank order."""
+        return [
+            (self.rank_at(stage, self.data_parallel_rank, part), stage)
+            for stage in range(self.pipeline_parallel_size)
+            for part in range(self.tensor_parallel_size)
+        ]
 
     @property
     def run(self) -> Axis:

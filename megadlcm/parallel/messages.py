@@ -67,6 +67,8 @@ def take_from(flow: Flow, content: Content) -> Tensor:
         evaluated_T = boundary.threshold_mask_T.to(torch.uint8)
         tensor = boundary.mask_T.to(torch.uint8) | evaluated_T.mul(2)
     else:
+        # named: a content that is added must not send scores by default
+        assert content in (Content.SCORES, Content.CONFIDENCE), f"{content} is taken from nowhere"
         tensor = boundary.prob_T
     assert tensor is not None, f"the chunk made no {content}"
     return tensor

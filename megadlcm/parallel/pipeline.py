@@ -1,8 +1,9 @@
 """Runs a model whose chunks lie on several stages; one stage with one chunk is the smallest case.
 
 What crosses from chunk to chunk is `plan.edges`: this file sends, receives and starts backward
-passes by that list and knows no names. No message carries a shape, none is cut off, and the
-backward pass of a chunk runs once however many tensors left it. Sends do not block. A stage
+passes by that list; of what the messages mean it knows only that decisions tell how many concepts
+there are. No message carries a shape, none is cut off, and the backward pass of a chunk runs once
+however many tensors left it. Sends do not block. A stage
 receives from each other stage in the order in which that one sends, which it knows from the
 schedule, and puts aside what it needs later; so two stages can never wait for each other.
 """

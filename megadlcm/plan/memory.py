@@ -33,7 +33,7 @@ class MemoryEstimate:
     gradients: float
     """Sums of gradients, fp32."""
     optimizer: float
-    """fp32 master weights and the moments of AdamW."""
+    """fp32 master weights and what the optimizer keeps of each."""
     activations: float
     """What forward keeps for backward, and what backward makes, at the target of concepts."""
     activations_worst: float

@@ -27,8 +27,8 @@ from megadlcm.run_folder import files
 
 logger = logging.getLogger(__name__)
 
-_STEP_NAME = re.compile(r"step_(\d{10})")
-_UNFINISHED = re.compile(r"step_\d{10}\.(tmp|old)")
+_STEP_NAME = re.compile(files.STEP_PATTERN)
+_UNFINISHED = re.compile(files.STEP_PATTERN + r"\.(tmp|old)")
 _CHUNK_BYTES = 1 << 22
 
 
@@ -143,13 +143,26 @@ def newest_verified(root: Path) -> Checkpoint | None:
     Returns:
         The checkpoint, or None if there is none.
     """
+    passed_over: list[str] = []
+    found = _first_good(root, passed_over)
+    _name(passed_over)
+    return found
+
+
+def _first_good(root: Path, passed_over: list[str]) -> Checkpoint | None:
+    """The newest good checkpoint; what is newer and damaged is put on the list."""
     # newest first, and no further than needed: each look reads a whole checkpoint
     for step, path in list_steps(root):
         problem = find_problem(path)
         if not problem:
             return Checkpoint(path, step, "")
-        logger.warning("passed over damaged checkpoint %s: %s", path, problem)
+        passed_over.append(f"{path}: {problem}")
     return None
+
+
+def _name(passed_over: list[str]) -> None:
+    for each in passed_over:
+        logger.warning("passed over damaged checkpoint %s", each)
 
 
 def remove_unfinished(root: Path) -> None:
@@ -215,12 +228,9 @@ def find_checkpoint(path: str | Path) -> Path:
 
 def _newest_good(root: Path) -> Path:
     damaged: list[str] = []
-    for _, folder in list_steps(root):
-        problem = find_problem(folder)
-        if not problem:
-            for passed_over in damaged:
-                logger.warning("passed over damaged checkpoint %s", passed_over)
-            return folder
-        damaged.append(f"{folder}: {problem}")
+    found = _first_good(root, damaged)
+    if found is not None:
+        _name(damaged)
+        return found.path
     why = f" ({'; '.join(damaged)})" if damaged else ""
     raise InputError(f"{root} holds no complete checkpoint{why}; name a run that saved one")

@@ -17,6 +17,13 @@ STATE = "state.json"
 MANIFEST = "manifest.json"
 LATEST = "latest"
 
+BOUNDARY_MARK = "\u2502"
+"""What stands before each concept in a sample text."""
+
+
+STEP_PATTERN = r"step_(\d{10})"
+"""What `step_name` makes."""
+
 
 def step_name(step: int) -> str:
     """What belongs to a step, `step_0000000100`: a checkpoint folder, a sample text."""

@@ -86,8 +86,9 @@ def check_agreement(config: RunConfig, fingerprints: Sequence[str], mesh: Parall
     for rank, difference in enumerate(told):
         if difference:
             raise InputError(
-                f"rank {rank}: {difference}; start all processes with the same config on the same "
-                "shards"
+                f"rank {rank}: {difference[1]}; start all processes with the same config on the "
+                "same shards",
+                key=difference[0],
             )
 
 
@@ -106,9 +107,10 @@ def _facts(config: RunConfig, fingerprints: Sequence[str]) -> dict[str, Any]:
     return {key: value for key, value in facts.items() if key not in _OWN_KEYS}
 
 
-def _difference(own: Mapping[str, Any], first: Mapping[str, Any]) -> str:
-    """Returns the first key whose value is not that of rank 0, or an empty string."""
+def _difference(own: Mapping[str, Any], first: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The first key whose value is not that of rank 0, and both values in words."""
     for key in sorted(own.keys() | first.keys()):
         if own.get(key) != first.get(key):
-            return f"{key} = {own.get(key, 'absent')!r}, rank 0 has {first.get(key, 'absent')!r}"
-    return ""
+            values = (each.get(key, "absent") for each in (own, first))
+            return key, "{} = {!r}, rank 0 has {!r}".format(key, *values)
+    return None

@@ -70,8 +70,8 @@ class ReplicaLoader(Iterator[StepBatch]):
         assert (loader is not None) == mesh.reads_data
         self._loader, self._mesh, self._seq_len = loader, mesh, seq_len
         self._embedding_stage, self._head_stage = embedding_stage, head_stage
-        self._data_rank = mesh.data_parallel_rank * mesh.tensor_parallel_size
-        self._ranks = _replica_ranks(mesh)
+        self._ranks = mesh.replica_ranks()
+        self._data_rank = self._ranks[0][0]  # the one for which `reads_data` holds
         self._group = mesh.model_parallel_group if len(self._ranks) > 1 else None
 
     def __next__(self) -> StepBatch:
@@ -106,7 +106,7 @@ class ReplicaLoader(Iterator[StepBatch]):
             # ids are large and needed at the two ends of the model only; stages between get none
             for tokens, needed in ((inputs, self._embedding_stage), (labels, self._head_stage)):
                 if stage == needed:
-                    with doing(f"sending the step's tokens to rank {rank}"):
+                    with doing(f"replica send of tokens to rank {rank}"):
                         dist.send(tokens, dst=rank, group=self._group)
 
     def _receive(self) -> StepBatch:
@@ -139,13 +139,13 @@ class ReplicaLoader(Iterator[StepBatch]):
             # an id that no embedding has: a stage that reads them by mistake fails at once
             return [np.full(size, ABSENT, dtype=np.int64) for size in sizes]
         tokens = torch.empty(sum(sizes), dtype=torch.int32)
-        with doing(f"tokens of the step from rank {self._data_rank}"):
+        with doing(f"replica recv of tokens from rank {self._data_rank}"):
             dist.recv(tokens, src=self._data_rank, group=self._group)
         return np.split(tokens.numpy().astype(np.int64), np.cumsum(sizes)[:-1])
 
     def _share(self, step: _Step | None) -> Any:
         values = [step]
-        with doing(f"the step's documents from rank {self._data_rank}"):
+        with doing(f"replica broadcast of documents from rank {self._data_rank}"):
             dist.broadcast_object_list(
                 values, src=self._data_rank, group=self._group, device=torch.device("cpu")
             )
@@ -186,17 +186,6 @@ def open_loader(
         parallel.pipeline_placement,
     )
     return ReplicaLoader(loader, mesh, config.data.seq_len, chunks[0].stage, chunks[-1].stage)
-
-
-def _replica_ranks(mesh: ParallelMesh) -> list[tuple[int, int]]:
-    """Returns rank and stage of every process of this replica, in rank order."""
-    per_stage = mesh.tensor_parallel_size * mesh.data_parallel_size
-    first = mesh.data_parallel_rank * mesh.tensor_parallel_size
-    return [
-        (stage * per_stage + first + part, stage)
-        for stage in range(mesh.pipeline_parallel_size)
-        for part in range(mesh.tensor_parallel_size)
-    ]
 
 
 def _joined(parts: list[np.ndarray]) -> torch.Tensor:

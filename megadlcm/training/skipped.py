@@ -23,6 +23,7 @@ from data_pipeline.reading.sources import DamagedShard, check_shards
 from megadlcm.config import RunConfig
 from megadlcm.engine.state import TrainState
 from megadlcm.parallel.mesh import ParallelMesh
+from megadlcm.run_folder import files
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class SkippedRecord:
 
     def __init__(self, config: RunConfig, mesh: ParallelMesh) -> None:
         self._data, self._mesh = config.data, mesh
-        self._folder = Path(config.output_dir) / "skipped"
+        self._folder = Path(config.output_dir) / files.SKIPPED
 
     def note_shards(self, damaged: Sequence[DamagedShard]) -> None:
         """Records the shards that were found damaged when the run started."""
@@ -101,7 +102,8 @@ class SkippedRecord:
             raise DamagedDataError(
                 f"data.max_skipped_tokens = {self._data.max_skipped_tokens}: "
                 f"{state.skipped_tokens} tokens could not be read by step {state.step + 1}, see "
-                f"{self._folder}; repair the shards or raise the limit"
+                f"{self._folder}; repair the shards or raise the limit",
+                key="data.max_skipped_tokens",
             )
 
     def _write(self, name: str, rows: Sequence[dict[str, Any]]) -> None:

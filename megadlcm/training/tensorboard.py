@@ -77,7 +77,6 @@ class TensorBoard:
             return
         # from counts: TensorBoard's own binning would ask for every length, millions of them
         counts, lengths = np.array(concept_lengths, dtype=float), np.arange(len(concept_lengths))
-        # TensorBoard draws from the smallest to the largest length that occurs
         used = counts > 0
         self._events.add_histogram_raw(
             "concepts/length",

@@ -12,9 +12,10 @@ from megadlcm.config import load_config
 from megadlcm.model import DLCM
 from megadlcm.parallel.process_group import join_process_group
 from megadlcm.plan.accounting import flops_per_token
+from megadlcm.run_folder.rows import read_rows
 from megadlcm.training.pretrain import open_trainer
 from tests.support.paths import CONFIGS
-from tests.support.tiny_runs import read_rows, step_loader, tiny_run, write_corpus
+from tests.support.tiny_runs import step_loader, tiny_run, write_corpus
 
 
 @pytest.mark.parametrize("name", ["quickstart.yaml", "dlcm_87m.yaml", "dlcm_2.3b.yaml"])

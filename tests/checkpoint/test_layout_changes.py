@@ -12,12 +12,13 @@ import torch
 
 from megadlcm.config import RunConfig
 from megadlcm.parallel import pipeline
+from megadlcm.run_folder.rows import read_rows
 from megadlcm.training import pretrain
 from megadlcm.training.checkpoint import load_model
 from tests.support.distributed import run_distributed
 from tests.support.layouts import LayoutStep, Start, evaluation_row, save_and_go_on, start_again
 from tests.support.parity import Layout
-from tests.support.tiny_runs import read_rows, tiny_run
+from tests.support.tiny_runs import tiny_run
 
 pytestmark = pytest.mark.slow
 

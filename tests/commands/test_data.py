@@ -84,7 +84,7 @@ def test_a_simulation_needs_no_shard(folder: Path, capsys: pytest.CaptureFixture
         (["simulate", QUICKSTART, "data.train=[]"], "data.train = []"),
         (["simulate", QUICKSTART, "data.train=[{path: absent}]"], "absent: does not exist"),
         (["inspect", "FOLDER", "--shards", "--urls"], "not allowed with"),
-        (["verify", "FOLDER", "--workers", "0"], "--workers 0: must be >= 1"),
+        (["verify", "FOLDER", "--workers", "0"], "--workers: 0 must be an integer >= 1"),
     ],
 )
 def test_wrong_input_ends_in_one_line_and_exit_code_2(

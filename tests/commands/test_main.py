@@ -165,3 +165,19 @@ def test_the_module_runs_as_a_program() -> None:
     command = [sys.executable, "-m", "megadlcm", "--version"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert done.stdout == f"megadlcm {__version__}\n"
+
+
+def test_a_command_that_cannot_be_loaded_is_an_error_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Packages above announce commands; one that is broken must not look like a fault of ours."""
+
+    class Broken:
+        def load(self) -> None:
+            raise ImportError("no module named above")
+
+    monkeypatch.setattr("megadlcm.commands.main._commands_above", lambda: [Broken()])
+    assert main(["--help"]) == 1
+    assert "error: ImportError: no module named above" in capsys.readouterr().err
+    # a command of this package needs none of them
+    assert main(["plan", QUICKSTART]) == 0

@@ -19,9 +19,10 @@ from megadlcm.config import load_config
 from megadlcm.model import build_model
 from megadlcm.parallel.mesh import ParallelMesh
 from megadlcm.run_folder.checkpoints import verify_all
+from megadlcm.run_folder.rows import read_rows
 from megadlcm.training import pretrain
 from tests.support.damage import change_index
-from tests.support.tiny_runs import VOCAB_SIZE, read_rows
+from tests.support.tiny_runs import VOCAB_SIZE
 from tests.support.train_processes import START_SECONDS, start_command
 
 Refused = Callable[..., str]  # function(*words) -> the line that `megadlcm WORDS` says

@@ -59,9 +59,9 @@ def test_an_empty_document_may_be_left_out_and_is_counted(
         ("--output", "text.jsonl", ["text.jsonl: is a file, must be a folder", "another name"]),
         ("--output", "text.jsonl/below", ["must be a folder that can be written to"]),
         ("--output", "finished", ["holds finished shards", "--overwrite"]),
-        ("--shard-tokens", "0", ["--shard-tokens 0", ">= 1"]),
-        ("--shard-tokens", "many", ["--shard-tokens", "'many'"]),
-        ("--workers", "0", ["--workers 0", ">= 1"]),
+        ("--shard-tokens", "0", ["--shard-tokens: 0", ">= 1"]),
+        ("--shard-tokens", "many", ["--shard-tokens: many must be an integer"]),
+        ("--workers", "0", ["--workers: 0", ">= 1"]),
     ],
 )
 def test_a_wrong_option_of_prepare_is_one_line(

@@ -117,7 +117,11 @@ def test_a_rank_that_dies_or_stops_is_named(
         assert re.search(r"step \d+: rank \d+ \(\S+, pid \d+\)", line), line
         assert f"rank {victim} (" in line and f"pid {ranks[victim].pid}" in line, line
         assert "sends no heartbeat" in line
-        assert re.search(r"(all-(reduce|gather)|reduction|send|receive|step|pass|broadcast)", line)
+        # the phase alone: the rest of the line says "step" and "sends" whatever it was
+        (phase,) = re.findall(r"(?: s| connection) in ([^;,]+)", line)
+        assert re.search(r"all-(reduce|gather)|reduce-scatter|send|recv|pass|broadcast", phase), (
+            line
+        )
         # nobody else is accused
         accused = re.findall(r"rank (\d+) \(\S+, pid \d+\) sends", line)
         assert accused == [str(victim)], line

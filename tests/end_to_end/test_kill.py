@@ -10,8 +10,8 @@ import pytest
 from tensorboard.backend.event_processing import event_accumulator  # type: ignore[import-untyped]
 
 from megadlcm.run_folder.checkpoints import read_description
+from megadlcm.run_folder.rows import read_rows
 from tests.support.checkpoints import load_tensors
-from tests.support.tiny_runs import read_rows
 from tests.support.train_processes import (
     Moment,
     after_step,

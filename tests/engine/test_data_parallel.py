@@ -15,6 +15,7 @@ from megadlcm.config import RunConfig
 from megadlcm.model import build_model
 from megadlcm.model.scaling import parameter_table
 from megadlcm.run_folder.checkpoints import find_checkpoint
+from megadlcm.run_folder.rows import read_rows
 from megadlcm.training import pretrain
 from tests.support.checkpoints import load_tensors
 from tests.support.distributed import run_distributed
@@ -31,7 +32,7 @@ from tests.support.layouts import (
     sgd_steps,
     start_again,
 )
-from tests.support.tiny_runs import read_rows, tiny_run
+from tests.support.tiny_runs import tiny_run
 
 pytestmark = pytest.mark.slow
 

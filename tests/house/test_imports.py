@@ -17,7 +17,6 @@ SOURCES = sorted(path for package in OURS for path in (ROOT / package).rglob("*.
 
 # package -> what it may import of ours, itself apart; the longest name that fits a module decides
 _CONFIG = ("megadlcm.config", "data_pipeline.errors")
-_PLAN = (*_CONFIG, "megadlcm.plan")
 _MODEL = ("megadlcm.model", "megadlcm.ops", *_CONFIG)
 _PARALLEL = ("megadlcm.parallel", "megadlcm.plan", *_MODEL)
 _ENGINE = ("megadlcm.engine", *_PARALLEL, "data_pipeline.reading")
@@ -55,7 +54,7 @@ MAY_IMPORT = {
     "megadlcm.parallel": _PARALLEL,
     "megadlcm.engine": _ENGINE,
     "megadlcm.checkpoint": (*_ENGINE, *_RUN_FOLDER),
-    "megadlcm.inference": (*_PARALLEL, "data_pipeline"),
+    "megadlcm.inference": (*_PARALLEL, "megadlcm.run_folder", "data_pipeline"),
     "megadlcm.training": (
         *_ENGINE,
         *_RUN_FOLDER,

@@ -13,7 +13,6 @@ from data_pipeline.reading.shards import Document, open_documents
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from megadlcm.config import RunConfig
 from megadlcm.inference.marked_text import (
-    BOUNDARY_MARK,
     SAMPLE_TOKENS,
     choose_documents,
     mark_boundaries,
@@ -21,6 +20,7 @@ from megadlcm.inference.marked_text import (
     text_batch,
 )
 from megadlcm.model import DLCM, build_model
+from megadlcm.run_folder.files import BOUNDARY_MARK
 
 CPU = torch.device("cpu")
 

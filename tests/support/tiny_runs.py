@@ -132,12 +132,6 @@ def step_loader(config: RunConfig, start_sample: int = 0) -> StepLoader:
     )
 
 
-def read_rows(output_dir: Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl in file order."""
-    lines = (output_dir / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
 TIMING_KEYS = (
     "tokens_per_second",
     "step_seconds",

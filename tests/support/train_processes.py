@@ -17,8 +17,9 @@ from torch import Tensor
 
 from megadlcm.run_folder import files
 from megadlcm.run_folder.checkpoints import newest_verified
+from megadlcm.run_folder.rows import read_rows, training_rows
 from tests.support.checkpoints import load_tensors
-from tests.support.tiny_runs import read_rows, run_values, without_timing
+from tests.support.tiny_runs import run_values, without_timing
 
 START_SECONDS = 120
 _POLL_SECONDS = 1e-3
@@ -96,9 +97,7 @@ def while_saving(count: int) -> Moment:
 
 def last_step(run_folder: Path) -> int:
     """Training steps that have a row in metrics.jsonl; 0 where there is none."""
-    path = run_folder / "metrics.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    return sum(line.endswith(b"\n") and b'"loss":' in line for line in lines)
+    return len(training_rows(read_rows(run_folder)))
 
 
 def checkpoint_names(run_folder: Path) -> list[str]:

@@ -27,7 +27,7 @@ def compare(pairs: list[tuple[RunConfig, RunConfig]]) -> list[str]:
     """
     rank = int(os.environ["RANK"])
     mesh = join_process_group(pairs[0][rank].parallel)
-    told = []
+    told: list[str] = []
     for pair in pairs[:-1]:
         config = pair[rank]
         sources = open_sources(config.data, config.model.vocab_size)
@@ -49,11 +49,13 @@ def test_a_process_on_other_shards_or_settings_is_named_by_all(
 ) -> None:
     """Shards may lie elsewhere on another node, but must be the same."""
     moved = Path(shutil.copytree(corpus / "train", tmp_path / "moved"))
-    config = make_run()
+    parallel = {"collective_timeout_seconds": 10.0}  # rank 0 stays a beat for the others' questions
+    config = make_run(parallel=parallel)
 
     def reading(folder: Path) -> RunConfig:
         train = [{"path": str(folder), "name": "train"}]
-        return make_run(data={"train": train, "cache_dir": str(folder)})
+        data = {"train": train, "cache_dir": str(folder)}
+        return make_run(data=data, parallel=parallel)
 
     other_seed = replace(config, data=replace(config.data, seed=5))
     other_policy = replace(config, data=replace(config.data, on_damage="skip"))
@@ -78,8 +80,12 @@ def test_every_key_but_places_is_compared(make_run: MakeRun) -> None:
     assert not own & facts.keys() and len(facts) > 50
     assert json.loads(json.dumps(facts)) == facts
     held_out = _facts(config, ["a" * 64, "c" * 64])
-    assert _difference(held_out, facts).startswith("data.valid = ['weight 1, shards cccccccccccc']")
-    assert _difference(facts, facts) == ""
+    differing = _difference(held_out, facts)
+    assert differing is not None
+    key, text = differing
+    assert key == "data.valid"
+    assert text.startswith("data.valid = ['weight 1, shards cccccccccccc']")
+    assert _difference(facts, facts) is None
 
 
 def test_a_run_of_one_process_agrees_with_itself(make_run: MakeRun) -> None:

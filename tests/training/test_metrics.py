@@ -13,12 +13,11 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 )
 from tensorboard.summary.writer import event_file_writer  # type: ignore[import-untyped]
 
-from data_pipeline.errors import InputError
 from megadlcm.config import RunConfig
-from megadlcm.run_folder import rows
+from megadlcm.run_folder.rows import read_rows
 from megadlcm.training import pretrain
 from megadlcm.training.metrics import MetricsWriter
-from tests.support.tiny_runs import read_rows, tiny_run
+from tests.support.tiny_runs import tiny_run
 
 MakeRun = Callable[..., RunConfig]
 
@@ -136,36 +135,6 @@ def test_without_a_purge_the_curve_would_have_double_points(tmp_path: Path) -> N
     write_rows(tmp_path, [train_row(step, 1.0) for step in range(1, 6)])
     write_rows(tmp_path, [train_row(step, 2.0) for step in range(3, 8)], first_step=100)
     assert [step for step, _ in curve(tmp_path)] == [1, 2, 3, 4, 5, 3, 4, 5, 6, 7]
-
-
-@pytest.mark.parametrize("torn", [b'{"step": 3, "lo', b"{", b'{"step": 3, "loss": 1.0}'])
-def test_a_torn_last_line_is_cut_off_and_its_step_written_again(
-    tmp_path: Path, torn: bytes
-) -> None:
-    write_rows(tmp_path, [train_row(1), train_row(2)])
-    with (tmp_path / "metrics.jsonl").open("ab") as file:
-        file.write(torn)
-    assert [row["step"] for row in rows.read_rows(tmp_path)] == [1, 2]
-    write_rows(tmp_path, [train_row(3)], first_step=3)
-    assert [row["step"] for row in read_rows(tmp_path)] == [1, 2, 3]
-
-
-@pytest.mark.parametrize("line", ["garbage", "[1]", '{"loss": 1.0}', '{"step": "x"}'])
-def test_a_line_that_is_no_row_is_named_and_kept(tmp_path: Path, line: str) -> None:
-    path = tmp_path / "metrics.jsonl"
-    contents = f'{{"step": 1, "loss": 1.0}}\n{line}\n{{"step": 3, "loss": 1.0}}\n'
-    path.write_text(contents)
-    with pytest.raises(InputError, match="line 2 is no row of metrics"):
-        rows.read_rows(path)
-    assert path.read_text() == contents
-
-
-def test_a_number_that_json_does_not_know_is_refused_and_not_written(tmp_path: Path) -> None:
-    with contextlib.closing(MetricsWriter(tmp_path, 1, tensorboard=False)) as metrics:
-        metrics.write(train_row(1))
-        with pytest.raises(ValueError, match="JSON"):
-            metrics.write(train_row(2, math.nan))
-    assert [row["step"] for row in read_rows(tmp_path)] == [1]
 
 
 def test_rows_are_on_the_disk_as_soon_as_they_are_written(tmp_path: Path) -> None:

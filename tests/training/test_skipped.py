@@ -17,10 +17,10 @@ from data_pipeline.errors import DamagedDataError
 from data_pipeline.shard_format.table import decode_table
 from megadlcm.config import RunConfig
 from megadlcm.parallel.process_group import join_process_group
+from megadlcm.run_folder.rows import read_rows
 from megadlcm.training import pretrain
 from megadlcm.training.skipped import damaged_shards
 from tests.support.distributed import run_distributed
-from tests.support.tiny_runs import read_rows
 
 MakeRun = Callable[..., RunConfig]
 

@@ -17,10 +17,11 @@ from megadlcm.config import RunConfig, load_config
 from megadlcm.engine.learning_rate import learning_rate_factor
 from megadlcm.engine.objective import MicroBatchResult, Objective
 from megadlcm.run_folder.checkpoints import find_checkpoint
+from megadlcm.run_folder.rows import read_rows
 from megadlcm.training import pretrain
 from megadlcm.training.trainer import Trainer
 from tests.support.checkpoints import load_tensors
-from tests.support.tiny_runs import read_rows, without_timing
+from tests.support.tiny_runs import without_timing
 
 MakeRun = Callable[..., RunConfig]
 

@@ -15,8 +15,8 @@ import pytest
 from data_pipeline import read_index
 from launchers.quickstart.report import print_report
 from megadlcm.run_folder.checkpoints import newest_verified
+from megadlcm.run_folder.rows import read_rows
 from tests.support.paths import ROOT
-from tests.support.tiny_runs import read_rows
 
 STEPS = 3
 # the same commands on less text, and hardly any steps
