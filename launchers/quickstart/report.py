@@ -38,6 +38,7 @@ def print_report(run_folder: Path, seconds: float) -> None:
 def _figures(steps: list[Row], recent: list[Row], evaluation: Row) -> list[tuple[str, str]]:
     """What there is to tell, by name."""
     first, last = steps[0], steps[-1]
+    # the loss of the steps themselves, noise and all; what it is worth is the held-out one below
     rows = [("training loss", f"{first['loss']:.3f} -> {last['loss']:.3f} nats per token")]
     if evaluation:
         rows += [
