@@ -118,6 +118,7 @@ def _add_prepare(commands: Any) -> None:
 
 def _add_sharing(prepare: argparse.ArgumentParser) -> None:
     """Adds who does the work: processes of one task, and tasks of an array."""
+    # none of it shapes a byte of the result but --part-bytes, at whose ends shards end
     prepare.add_argument(
         "--workers",
         type=integer(1),
