@@ -124,7 +124,12 @@ def _lock(path: Path, kind: int) -> FileLock:
     while True:
         lock = _opened(path, os.O_CREAT)
         _flock(lock, path, kind)
-        if _is_at(lock, path):
+        try:
+            is_there = _is_at(lock, path)
+        except BaseException:  # a lock that nobody has would be held until this process ends
+            lock.close()
+            raise
+        if is_there:
             return lock
         lock.close()  # who held it removed the file: the lock on it binds nobody
 

@@ -142,6 +142,8 @@ class ParallelMesh:
     def pipeline(self) -> Axis:
         """Those with the same place on all stages."""
         groups = self.pipeline_groups  # both have the same members
+        # without one a collective would go over the whole run
+        assert groups is not None or self.pipeline_parallel_size == 1
         return Axis("pipeline", self.pipeline_parallel_size, groups[0] if groups else None)
 
     def sum_over_data_parallel(self, values: Tensor) -> Tensor:

@@ -209,7 +209,9 @@ class Pipeline:
         """What an operation sends, in order; also to chunks of the same stage."""
         kind, chunk, micro_batch = operation
         if kind == "backward":
-            edges = (edge for edge in self._arriving[chunk] if edge.has_gradient)
+            edges = [edge for edge in self._arriving[chunk] if edge.has_gradient]
+            # the chunk before waits for its states; what skipped chunks is needed later
+            edges.sort(key=lambda edge: edge.content is not Content.STATES)
             return [Message(edge, micro_batch, is_gradient=True) for edge in edges]
         return [Message(edge, micro_batch) for edge in self._leaving[chunk] if edge.target <= last]
 
@@ -272,7 +274,7 @@ class Pipeline:
         for work, _ in self._sending:
             with doing("pipeline send: end of the step"):
                 work.wait()
-        self._sending = []
+        self._sending, self._decisions = [], {}
         assert not self._mailbox and not any(self._expected.values()), "a message was not used"
 
     # -- one operation ----------------------------------------------------------------------------

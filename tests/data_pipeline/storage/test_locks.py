@@ -48,6 +48,22 @@ def test_a_killed_process_holds_no_lock(tmp_path: Path) -> None:
     assert try_lock(path) is not None
 
 
+def test_a_lock_that_fails_after_it_was_taken_is_held_by_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stale handle of a network file system; else the next reader would wait for ever."""
+    path = tmp_path / "a.lock"
+
+    def stale(*_: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("data_pipeline.storage.locks.os.stat", stale)
+        with pytest.raises(OSError, match="Stale"):
+            wait_for_lock(path)
+    assert try_lock(path) is not None
+
+
 def test_shared_locks_go_together(tmp_path: Path) -> None:
     """But with none that is not shared; closing twice is once."""
     path = tmp_path / "a.lock"
