@@ -121,7 +121,10 @@ class Board:
                 answers.append(ask())
 
         thread = threading.Thread(target=run, name="heartbeat board", daemon=True)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:  # at its end Python 3.12 starts none, and nobody waits for it now
+            return None
         thread.join(timeout=self.patience)
         # a late answer is dropped, but ends the silence
         self._unanswered = thread if thread.is_alive() else None

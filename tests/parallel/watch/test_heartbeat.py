@@ -6,6 +6,7 @@ import threading
 import time
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 
 from megadlcm.parallel.watch.heartbeat import Board, Heartbeat
@@ -76,3 +77,20 @@ def test_a_store_that_raises_is_a_board_that_does_not_answer() -> None:
     board = Board(Broken(), 2, 60.0)
     board.show(heartbeat(1, 1))
     assert board.read() is None and not board.has_failure() and not board.is_silent
+
+
+def test_an_interpreter_that_ends_and_starts_no_thread_is_no_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Python 3.12 refuses threads to functions that run at its end, such as the one that leaves."""
+    board = Board(memory(), 2, 60.0)
+    board.show(heartbeat(1, 1))
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        board.show(heartbeat(1, 2))
+        assert board.read() is None and not board.is_silent
+    assert board.read() == {1: heartbeat(1, 1)}
