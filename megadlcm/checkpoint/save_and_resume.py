@@ -7,6 +7,7 @@ A checkpoint holds tensors under parameter names, not DeepSpeed's own files: `mo
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import platform
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from data_pipeline.errors import InputError
 from data_pipeline.reading.phases import Phase, first_phase, next_phases
-from megadlcm.config import RunConfig, config_to_dict
+from megadlcm.config import ModelConfig, MupConfig, RunConfig, config_to_dict
 from megadlcm.engine import masters
 from megadlcm.engine.engine import TrainingEngine
 from megadlcm.engine.state import TrainState
@@ -28,7 +29,7 @@ from megadlcm.run_folder import checkpoints, files
 logger = logging.getLogger(__name__)
 
 # what a resumed run may not change: the model, the data order, the meaning of the optimizer state
-_FIXED_SECTIONS = ("model", "mup")
+_FIXED_SECTIONS = {"model": ModelConfig, "mup": MupConfig}
 _FIXED_KEYS = (
     "seed",
     "data.seq_len",
@@ -38,7 +39,7 @@ _FIXED_KEYS = (
     "training.precision",
     "optimizer.name",
 )
-_FREE_MODEL_KEYS = ("model.attention_backend",)
+_FREE_MODEL_KEYS = ("model.attention_backend", "model.track_threshold")
 
 
 def save_checkpoint(engine: TrainingEngine, config: RunConfig, state: TrainState) -> Path:
@@ -155,8 +156,8 @@ def check_continuable(
     Raises:
         InputError: model, data order or precision differ; the message lists the keys.
     """
+    saved, now = _defaults() | _flat(description["config"]), _flat(config_to_dict(config))
     # a key that one side lacks counts as changed: it came with a later version
-    saved, now = _flat(description["config"]), _flat(config_to_dict(config))
     changed = sorted(key for key in saved.keys() | now.keys() if saved.get(key) != now.get(key))
     forbidden = [key for key in changed if _is_fixed(key)]
     if forbidden:
@@ -190,6 +191,19 @@ def _phases_now(state: TrainState, config: RunConfig, path: Path) -> list[dict[s
         text = f"output_dir = {config.output_dir}: {error}"
         raise InputError(text, key=error.key or "output_dir") from error
     return [phase.to_dict() for phase in phases]
+
+
+def _defaults() -> dict[str, Any]:
+    """Defaults of the fixed sections, for checkpoints that do not know some key yet.
+
+    So the default of a new key there is what the program did before it had the key.
+    """
+    return {
+        f"{name}.{field.name}": field.default
+        for name, section in _FIXED_SECTIONS.items()
+        for field in dataclasses.fields(section)
+        if field.default is not dataclasses.MISSING
+    }
 
 
 def _is_fixed(key: str) -> bool:

@@ -37,9 +37,6 @@ class BoundaryTraits:
     """Whether cross-entropy reaches p: through the smoothing, and through a factor of 1 on what
     tokens read. p then crosses a pipeline with a gradient."""
 
-    tracks_threshold: bool = False
-    """Whether the threshold follows the quantile that gives the ratio, or is `rule_threshold`."""
-
 
 BOUNDARY_MODES: dict[BoundaryMode, BoundaryTraits] = {
     "learned_global": BoundaryTraits(
@@ -48,7 +45,7 @@ BOUNDARY_MODES: dict[BoundaryMode, BoundaryTraits] = {
     "learned_local": BoundaryTraits(
         is_learned=True, is_sampled=True, ratio_over="document", is_steered=True
     ),
-    "rule": BoundaryTraits(tracks_threshold=True),
+    "rule": BoundaryTraits(),
     "fixed": BoundaryTraits(decides_by="every_r_tokens"),
     # not steered: a step size computed from the ratio loss would scale cross-entropy's share too
     "ema_ste": BoundaryTraits(

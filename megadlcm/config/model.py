@@ -96,6 +96,10 @@ class ModelConfig:
     sharpening: float = 6.0
     """How far the training draw is pushed towards the threshold, >= 1 (1 = the plain draw)."""
 
+    balanced_draw: bool = False
+    """Whether the draw makes as many boundaries as p >= 0.5 would, in modes that draw: tokens on
+    the side that flips more often flip less."""
+
     smoothing: Smoothing = "ema"
     """Moving average over concepts by boundary probability, or none."""
 
@@ -113,6 +117,10 @@ class ModelConfig:
 
     rule_threshold: float | None = None
     """Threshold of mode `rule`; None tracks the quantile that gives the target ratio."""
+
+    track_threshold: bool = True
+    """Whether evaluation and decoding of learned modes threshold at the tracked quantile that gives
+    the target ratio; false is the paper's 0.5."""
 
     boundary_size: int | None = None
     """Width in which neighbours are compared; None means d_token."""
@@ -169,7 +177,20 @@ class ModelConfig:
     @property
     def tracks_threshold(self) -> bool:
         """Whether the threshold of the boundary detector moves with each step."""
-        return self.boundary.tracks_threshold and self.rule_threshold is None
+        if self.boundary.decides_by != "score":
+            return False
+        return self.track_threshold if self.boundary.is_learned else self.rule_threshold is None
+
+    @property
+    def still_threshold(self) -> float:
+        """Threshold on p before the first step, and ever where it is not tracked."""
+        given = None if self.boundary.is_learned else self.rule_threshold
+        return 0.5 if given is None else given
+
+    @property
+    def balances_draw(self) -> bool:
+        """Whether the detector keeps how far its draw leans to one side."""
+        return self.boundary.is_sampled and self.balanced_draw
 
     @property
     def smooths(self) -> bool:

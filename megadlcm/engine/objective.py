@@ -159,7 +159,10 @@ class Objective:
         self.target = config.model.target_tokens_per_concept
         self.ratio_loss_weight = config.training.ratio_loss_weight
         # it is summed over the run each step, so only where something reads it
-        self.keeps_histogram = self.traits.is_steered or config.model.tracks_threshold
+        model = config.model
+        self.keeps_histogram = (
+            self.traits.is_steered or model.tracks_threshold or model.balances_draw
+        )
         # gradients are divided by it; see the module's docstring
         self.averaged_over = mesh.data_parallel_size
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from megadlcm.config import RunConfig
 from megadlcm.config.training import OPTIMIZERS
 from megadlcm.engine.state import TrainState
-from megadlcm.ops.boundary import histogram_quantile
+from megadlcm.ops.boundary import draw_balance, histogram_quantile
 
 LINEAR_EPS = 1e4
 """AdamW without averages moves by lr g / (|g| + eps): by lr / eps g at this eps, far above |g|."""
@@ -62,6 +62,7 @@ class RatioController:
         self.weight = config.training.ratio_loss_weight
         self.max_grad_norm = config.training.max_grad_norm
         self.sharpening = config.model.sharpening
+        self.balances_draw = config.model.balances_draw
         # W_q and W_k start with orthonormal rows
         size = min(config.model.boundary_size or config.model.d_token, config.model.d_token)
         # both matrices together then have the norm sqrt(2 size)
@@ -127,9 +128,13 @@ class RatioController:
         above, below = (float(histogram_quantile(histogram, part)) for part in (few, many))
         # probabilities in one bin are as far apart as the histogram can tell
         density = (many - few) / max(above - below, 1.0 / histogram.numel())
+        # what a balanced draw takes from flips below and above the threshold
+        kappa = (draw_balance(histogram, self.sharpening) if self.balances_draw else None) or 1.0
+        rising, falling = min(kappa, 1.0), min(1.0 / kappa, 1.0)
         # sharpened p just above 0.5 less the one just below; 0 for the plain draw
-        jump = 2.0 * 0.5 ** (1.0 / self.sharpening) - 1.0
-        return jump * density + 1.0 / self.sharpening
+        jump = 1.0 - (rising + falling) * (1.0 - 0.5 ** (1.0 / self.sharpening))
+        slope = (rising * (1.0 - share) + falling * share) / self.sharpening
+        return jump * density + slope
 
 
 def _average(average: float | None, value: float) -> float:

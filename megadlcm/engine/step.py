@@ -84,7 +84,9 @@ def global_batch_digest(engine: TrainingEngine, batch: StepBatch) -> str:
     return batch_digest([digest for digests in gathered for digest in digests])
 
 
-def calibrate_boundaries(engine: TrainingEngine, config: RunConfig, batch: StepBatch) -> float:
+def calibrate_boundaries(
+    engine: TrainingEngine, config: RunConfig, batch: StepBatch
+) -> float | None:
     """Sets the detector's offset from the cosines of a whole global batch; once in a fresh run.
 
     Args:
@@ -93,11 +95,11 @@ def calibrate_boundaries(engine: TrainingEngine, config: RunConfig, batch: StepB
         batch: this replica's share of the batch.
 
     Returns:
-        The offset.
+        The offset; None where no token of the batch has a predecessor, and nothing was set.
     """
     cosines: list[Tensor] = []
     batches = [to_device(packed, config, 0, engine.mesh.device) for packed in batch.micro_batches]
-    offset = 0.0
+    offset = None
     with engine.whole_model() as model:
 
         def keep(_: int, flow: Flow) -> None:
@@ -114,10 +116,10 @@ def calibrate_boundaries(engine: TrainingEngine, config: RunConfig, batch: StepB
             cosine = torch.cat([torch.from_numpy(part) for part in everywhere])
             assert isinstance(model, DLCM)
             model.boundary_detector.calibrate(cosine)
-            offset = float(model.boundary_detector.offset)
+            offset = float(model.boundary_detector.offset) if cosine.numel() else None
     stage = engine.partition.stage_of(UnitKind.SEGMENTATION)
     # the other stages hold no detector, and say the same number in their logs
-    return float(engine.mesh.gather_over_pipeline(offset)[stage])
+    return engine.mesh.gather_over_pipeline(offset)[stage]
 
 
 class TrainStep:
@@ -165,7 +167,7 @@ class TrainStep:
         if not self.engine.step():
             raise NonFiniteError(self._message("DeepSpeed skipped the step", batch, state))
         # after the update: this step was decided by the threshold before
-        self._track_threshold(stats)
+        self._track_boundaries(stats, result.summary)
         return result
 
     def _gradients(self, micro_batches: list[DeviceBatch], totals: StepTotals) -> StepStats:
@@ -275,9 +277,13 @@ class TrainStep:
             f"Samples {samples[0]}..{samples[-1]} ({len(samples)}), batch digest {digest}"
         )
 
-    def _track_threshold(self, stats: StepStats) -> None:
-        model = self.engine.model
+    def _track_boundaries(self, stats: StepStats, summary: StepSummary) -> None:
+        """Lets threshold and balance of the draw follow the probabilities of the whole step."""
+        model, histogram = self.engine.model, stats.prob_histogram
         detector = getattr(model, "boundary_detector", None)  # on its stage only
-        if detector is not None and detector.tracks_threshold:
-            assert stats.prob_histogram is not None
-            detector.track_threshold(stats.prob_histogram)
+        if detector is None or histogram is None:
+            return
+        if detector.tracks_threshold:
+            made = summary.num_threshold_boundaries
+            detector.track_threshold(histogram, summary.num_tokens, made)
+        detector.track_balance(histogram)

@@ -18,10 +18,13 @@ from megadlcm.model.transformer import Linear
 from megadlcm.ops.boundary import (
     BoundarySampling,
     boundary_probability,
+    draw_balance,
     fixed_boundaries,
     histogram_quantile,
+    histogram_share,
     limit_segments,
     neighbour_cosine,
+    probability_histogram,
     sample_boundaries,
     threshold_boundaries,
 )
@@ -91,6 +94,7 @@ class BoundaryDetector(nn.Module):
 
     offset: Tensor
     threshold: Tensor
+    balance: Tensor | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -102,21 +106,25 @@ class BoundaryDetector(nn.Module):
         # buffers: saved with the weights, and moved by no optimizer
         self.register_buffer("offset", torch.zeros((), dtype=torch.float32))
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float32))
+        # only where it is used: checkpoints of other runs do not know it
+        balance = torch.zeros((), dtype=torch.float32) if config.balances_draw else None
+        self.register_buffer("balance", balance)
         self.reset_buffers()
         self.seams: Seams = WHOLE
 
     def reset_buffers(self) -> None:
-        """Sets offset and threshold to what a fresh run starts with."""
-        config = self.config
-        given = config.rule_threshold if config.boundary.tracks_threshold else None
+        """Sets offset, threshold and balance to what a fresh run starts with."""
         self.offset.zero_()
-        self.threshold.fill_(0.5 if given is None else given)
+        self.threshold.fill_(self.config.still_threshold)
+        if self.balance is not None:
+            # of tokens that all lie equally far from the threshold
+            self.balance.fill_(1.0 / (self.config.target_tokens_per_concept - 1.0))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BoundaryDetector:
-        # a model cast to bf16 must not round these two numbers: follow the device, keep the type
-        kept = (self.offset, self.threshold)
+        # a model cast to bf16 must not round these numbers: follow the device, keep the type
+        kept = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        for name, value in zip(("offset", "threshold"), kept, strict=True):
+        for name, value in kept.items():
             moved = getattr(self, name)
             if moved.dtype != value.dtype and not value.is_meta:
                 setattr(self, name, value.to(moved.device))
@@ -150,7 +158,9 @@ class BoundaryDetector(nn.Module):
         mask_T = threshold_T = self._limited(decided_T)
         if self.training and traits.is_sampled:
             # limited after the draw: a forced boundary must not depend on one that was not drawn
-            drawn_T = sample_boundaries(prob_T, config.sharpening, sampling, packing.position)
+            drawn_T = sample_boundaries(
+                prob_T, config.sharpening, sampling, packing.position, self.balance
+            )
             mask_T = self._limited(drawn_T)
         if traits.decides_by == "score":
             # one flipped token would give the processes of a layer different numbers of concepts
@@ -188,7 +198,9 @@ class BoundaryDetector(nn.Module):
             mask_T = places(position_T, self.config)
             return mask_T.to(torch.promote_types(hidden_TD.dtype, torch.float32)), mask_T
         prob_T = boundary_probability(self.cosine(hidden_TD), position_T, self.offset)
-        return prob_T, threshold_boundaries(prob_T, position_T, self.threshold)
+        # a resumed run may stop to track, with a threshold that was saved while it did
+        threshold = self.threshold if self.tracks_threshold else self.config.still_threshold
+        return prob_T, threshold_boundaries(prob_T, position_T, threshold)
 
     def cosine(self, hidden_TD: Tensor) -> Tensor:
         """Cosine of each token with its predecessor, fp32 or wider (T,)."""
@@ -210,22 +222,52 @@ class BoundaryDetector(nn.Module):
         makes p >= 0.5 hold for a share 1/R of the tokens; it is not trained.
 
         Args:
-            cosine: cosines of tokens that have a predecessor, any shape.
+            cosine: cosines of tokens that have a predecessor, any shape; nothing is set from none.
         """
+        if not cosine.numel():
+            return
         share = 1.0 / self.config.target_tokens_per_concept
         ordered = cosine.detach().flatten().double().sort().values
         # p >= 0.5 where cos <= offset, so the offset is the cosine that a share 1/R does not exceed
         index = min(max(int(share * ordered.numel()) - 1, 0), ordered.numel() - 1)
         self.offset.fill_(float(ordered[index]))
+        if self.balance is not None:
+            inner_T = torch.ones(ordered.numel(), dtype=torch.int64)
+            prob_T = boundary_probability(ordered.cpu(), inner_T, float(self.offset))
+            balance = draw_balance(probability_histogram(prob_T, inner_T), self.config.sharpening)
+            self.balance.fill_(1.0 if balance is None else balance)
 
-    def track_threshold(self, histogram: Tensor) -> None:
-        """Moves the threshold of mode `rule` towards the quantile that gives the target ratio.
+    def track_threshold(self, histogram: Tensor, num_tokens: float, num_boundaries: float) -> None:
+        """Moves the threshold towards the quantile of p that gives the target ratio.
+
+        Of N tokens N/R are to be boundaries. Document starts are boundaries whatever their p, and
+        so are those that a limit on segments forces; the quantile makes up the rest.
+
+        Args:
+            histogram: probabilities of one whole step, from `probability_histogram`.
+            num_tokens: tokens of the step, N.
+            num_boundaries: those that the threshold has made boundaries, starts and forced ones
+                included.
+        """
+        counted = float(histogram.sum())
+        if not counted:
+            return
+        wanted = num_tokens / self.config.target_tokens_per_concept - (num_tokens - counted)
+        if self.config.max_segment_tokens:
+            above = counted * histogram_share(histogram, float(self.threshold))
+            wanted -= max(num_boundaries - (num_tokens - counted) - above, 0.0)
+        quantile = histogram_quantile(histogram, min(max(wanted, 1.0) / counted, 1.0))
+        self.threshold.lerp_(quantile.to(self.threshold), 1.0 - _THRESHOLD_MOMENTUM)
+
+    def track_balance(self, histogram: Tensor) -> None:
+        """Moves the balance of the draw towards that of a step's probabilities.
 
         Args:
             histogram: probabilities of one whole step, from `probability_histogram`.
         """
-        quantile = histogram_quantile(histogram, 1.0 / self.config.target_tokens_per_concept)
-        self.threshold.lerp_(quantile.to(self.threshold), 1.0 - _THRESHOLD_MOMENTUM)
+        wanted = draw_balance(histogram, self.config.sharpening)
+        if self.balance is not None and wanted is not None:
+            self.balance.lerp_(torch.full_like(self.balance, wanted), 1.0 - _THRESHOLD_MOMENTUM)
 
     def _limited(self, mask_T: Tensor) -> Tensor:
         limit = self.config.max_segment_tokens

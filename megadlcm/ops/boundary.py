@@ -86,21 +86,59 @@ def sharpen(prob_T: Tensor, sharpening: float) -> Tensor:
 
 
 def sample_boundaries(
-    prob_T: Tensor, sharpening: float, sampling: BoundarySampling, position_T: Tensor
+    prob_T: Tensor,
+    sharpening: float,
+    sampling: BoundarySampling,
+    position_T: Tensor,
+    balance: Tensor | None = None,
 ) -> Tensor:
     """Draws b_t ~ Bernoulli(sharpen(p_t)), one counter-based draw for each token.
+
+    With a balance kappa, tokens below 0.5 rise with min(kappa, 1) sharpen(p_t), and those above it
+    fall with min(1 / kappa, 1) (1 - sharpen(p_t)).
 
     Args:
         prob_T: boundary probabilities (T,).
         sharpening: see `sharpen`.
         sampling: names the draws.
         position_T: places of the tokens; 0 is a boundary whatever is drawn.
+        balance: kappa, scalar, from `draw_balance`; None draws as the sharpened p says.
 
     Returns:
         bool (T,).
     """
     draw_T = uniform(sampling.seed, sampling.step, sampling.token_index_T)
-    return (draw_T < sharpen(prob_T.detach(), sharpening)) | (position_T == 0)
+    prob_T = prob_T.detach()
+    sharp_T = sharpen(prob_T, sharpening)
+    if balance is not None:
+        falling_T = 1.0 - (1.0 - sharp_T) * (1.0 / balance).clamp(max=1.0)
+        sharp_T = torch.where(prob_T >= 0.5, falling_T, sharp_T * balance.clamp(max=1.0))
+    return (draw_T < sharp_T) | (position_T == 0)
+
+
+def draw_balance(histogram: Tensor, sharpening: float) -> float | None:
+    """Computes by how much fewer decisions fall below the threshold than rise above it.
+
+    kappa = sum over p >= 0.5 of (1 - sharpen(p)) / sum over p < 0.5 of sharpen(p), expected counts
+    of both. Below 1 where boundaries are rarer than other tokens.
+
+    Args:
+        histogram: counts in equal bins over [0, 1], integer (bins,).
+        sharpening: see `sharpen`.
+
+    Returns:
+        kappa, in [0.001, 1000]; None where no decision can flip.
+    """
+    counts = histogram.double()
+    middle = (torch.arange(counts.numel(), device=counts.device) + 0.5) / counts.numel()
+    sharp = sharpen(middle.double(), sharpening)
+    above = middle >= 0.5
+    falling = float((counts * (1.0 - sharp))[above].sum())
+    rising = float((counts * sharp)[~above].sum())
+    if falling + rising == 0.0:
+        return None
+    # bounded: an average over steps must be able to come back from it
+    return min(max(falling / max(rising, 1e-9), 1e-3), 1e3)
 
 
 def threshold_boundaries(
@@ -111,7 +149,7 @@ def threshold_boundaries(
     Args:
         prob_T: boundary probabilities (T,).
         position_T: places of the tokens; 0 is a boundary.
-        threshold: 0.5, or the tracked quantile of mode `rule`.
+        threshold: 0.5, or a tracked quantile of p.
 
     Returns:
         bool (T,).
@@ -193,3 +231,20 @@ def histogram_quantile(histogram: Tensor, share_above: float) -> Tensor:
     inside = counts[bin_index].clamp(min=1.0)
     fraction = ((above[bin_index] - wanted) / inside).clamp(0.0, 1.0)
     return ((bin_index + fraction) / histogram.numel()).to(torch.float32)
+
+
+def histogram_share(histogram: Tensor, value: float) -> float:
+    """Finds the share of the counted probabilities at or above `value`; see `histogram_quantile`.
+
+    Args:
+        histogram: counts in equal bins over [0, 1], integer (bins,), not all 0.
+        value: in [0, 1].
+
+    Returns:
+        The share, interpolated inside the bin of `value`.
+    """
+    counts = histogram.double()
+    place = value * counts.numel()
+    bin_index = min(max(int(place), 0), counts.numel() - 1)
+    above = counts[bin_index + 1 :].sum() + (bin_index + 1 - place) * counts[bin_index]
+    return float(above / counts.sum())

@@ -48,8 +48,8 @@ def test_a_comparison_with_a_name_is_found() -> None:
 def test_traits_fit_together() -> None:
     for name, traits in BOUNDARY_MODES.items():
         scored = traits.decides_by == "score"
-        # what is drawn, trained or tracked is a score
-        assert scored or not (traits.is_sampled or traits.is_learned or traits.tracks_threshold)
+        # what is drawn or trained is a score
+        assert scored or not (traits.is_sampled or traits.is_learned)
         # a ratio loss needs something that it can train
         assert traits.is_learned or traits.ratio_over is None, name
         if traits.is_steered:
@@ -64,7 +64,22 @@ def test_the_dense_control_has_no_boundaries_whatever_its_mode() -> None:
         assert not (dense.calibrates or dense.tracks_threshold or dense.smooths)
 
 
-def test_only_the_rule_tracks_a_threshold_and_only_without_a_given_one() -> None:
-    tracking = [mode for mode in BOUNDARY_MODES if tiny_config(boundary_mode=mode).tracks_threshold]
-    assert tracking == ["rule"]
-    assert not tiny_config(boundary_mode="rule", rule_threshold=0.4).tracks_threshold
+def test_every_score_is_thresholded_at_a_tracked_quantile_unless_the_config_says_where() -> None:
+    for mode, traits in BOUNDARY_MODES.items():
+        config = tiny_config(boundary_mode=mode)
+        assert config.tracks_threshold == (traits.decides_by == "score")
+        assert config.still_threshold == 0.5
+        paper = tiny_config(boundary_mode=mode, track_threshold=False)
+        assert paper.tracks_threshold == (config.tracks_threshold and not traits.is_learned)
+    # each key is read by the modes that it belongs to
+    rule = tiny_config(boundary_mode="rule", rule_threshold=0.4)
+    assert not rule.tracks_threshold and rule.still_threshold == 0.4
+    learned = tiny_config(rule_threshold=0.4)
+    assert learned.tracks_threshold and learned.still_threshold == 0.5
+
+
+def test_only_a_draw_is_balanced_and_only_on_request() -> None:
+    for mode, traits in BOUNDARY_MODES.items():
+        assert not tiny_config(boundary_mode=mode).balances_draw
+        balanced = tiny_config(boundary_mode=mode, balanced_draw=True)
+        assert balanced.balances_draw == traits.is_sampled
