@@ -49,8 +49,12 @@ _SHAPE = (
 _SEQ_LEN = 256
 _SEEDS = (0, 1, 2)
 _RATIO_SEEDS = (0, 1)
-# half of the tokens of a step: that many runs take an hour or two
-_RATIO_BATCH = ("training.global_batch_size=8", "training.micro_batch_size=8")
+# half of the tokens of a step and less held-out text: that many runs take two hours
+_RATIO_BATCH = (
+    "training.global_batch_size=8",
+    "training.micro_batch_size=8",
+    "evaluation.max_documents=24",
+)
 _WAYS: dict[str, tuple[str, ...]] = {
     mode: (f"model.boundary_mode={mode}",) for mode in BOUNDARY_MODES
 } | {"balanced_draw": ("model.balanced_draw=true",)}
