@@ -51,8 +51,8 @@ def _figures(steps: list[Row], recent: list[Row], evaluation: Row) -> list[tuple
             for key in ("tokens_per_concept", "tokens_per_concept_threshold")
         )
         rows += [
-            ("tokens per concept", f"{sampled:.2f} as trained (sampled)"),
-            ("", f"{thresholded:.2f} as at inference (thresholded)"),
+            ("tokens per concept", f"{sampled:.2f} in training, as drawn"),
+            ("", f"{thresholded:.2f} at inference, thresholded"),
         ]
     if "tokens_per_concept" in evaluation:
         by_domain = evaluation["tokens_per_concept"].items()

@@ -27,11 +27,19 @@ def continued(make_run: Callable[..., RunConfig], **sections: Any) -> list[dict[
     return read_rows(folder)
 
 
-def test_a_checkpoint_of_the_first_format_resumes(make_run: Callable[..., RunConfig]) -> None:
-    """Same samples, same losses and norms up to the rounding of another processor."""
+@pytest.mark.parametrize("tracked", [True, False])
+def test_a_checkpoint_of_the_first_format_resumes(
+    make_run: Callable[..., RunConfig], tracked: bool
+) -> None:
+    """Same samples, same losses and norms up to the rounding of another processor.
+
+    That format knew no tracked threshold: what it says of one is compared where there is none.
+    """
     expected = [row for row in read_rows(GOLDEN) if row["step"] > 4]
     assert len(expected) == 5 and "eval_loss" in expected[-1]  # four steps and an evaluation
-    rows = continued(make_run)
+    rows = continued(make_run, model={"track_threshold": tracked})
+    if tracked:
+        assert rows.pop()["tokens_per_concept"] != expected.pop()["tokens_per_concept"]
     assert [row["step"] for row in rows] == [row["step"] for row in expected]
     for row, old in zip(rows, expected, strict=True):
         found = {key: row[key] for key in old}

@@ -42,7 +42,8 @@ def unequal(left: dict[str, Tensor], right: dict[str, Tensor]) -> list[str]:
 
 @pytest.mark.parametrize(
     ("precision", "zero_stage", "boundary_mode"),
-    [(*layout, "learned_global") for layout in LAYOUTS] + [("fp32", 1, "rule")],
+    [(*layout, "learned_global") for layout in LAYOUTS]
+    + [("fp32", 1, "rule"), ("fp32", 1, "fixed")],
 )
 def test_a_resumed_run_is_bit_equal_to_the_uninterrupted_one(
     make_run: MakeRun, precision: str, zero_stage: int, boundary_mode: str
@@ -50,7 +51,7 @@ def test_a_resumed_run_is_bit_equal_to_the_uninterrupted_one(
     config = make_run(
         training={"precision": precision},
         parallel={"zero_stage": zero_stage},
-        model={"boundary_mode": boundary_mode},
+        model={"boundary_mode": boundary_mode, "balanced_draw": True},
     )
     engine, state = tiny_engine(config), fresh_state(config)
     run_steps(engine, config, state, 2)
@@ -69,7 +70,8 @@ def test_a_resumed_run_is_bit_equal_to_the_uninterrupted_one(
     # and it was not equal because nothing happens
     moved = unequal(saved_model | saved_optimizer, everything(engine))
     assert {name for name, _ in engine.model.named_parameters()} < set(moved)
-    assert ("boundary_detector.threshold" in moved) == (boundary_mode == "rule")
+    assert ("boundary_detector.threshold" in moved) == (boundary_mode != "fixed")
+    assert ("boundary_detector.balance" in moved) == (boundary_mode == "learned_global")
 
 
 @pytest.mark.parametrize(("precision", "zero_stage"), [("fp32", 1), ("bf16", 1)])
@@ -173,6 +175,7 @@ def test_a_save_that_fails_loses_nothing_that_was_saved(
 # key that a resumed run may not change -> another value
 FIXED: dict[str, Any] = {
     "model.decoder_layers": 2,
+    "model.balanced_draw": True,
     "model.boundary_mode": "learned_local",
     "model.target_tokens_per_concept": 5.0,
     "mup.base_width": 8,
@@ -187,6 +190,7 @@ FIXED: dict[str, Any] = {
 FREE: dict[str, Any] = {
     "name": "another",
     "model.attention_backend": "reference",
+    "model.track_threshold": False,
     "training.micro_batch_size": 1,
     "training.train_steps": 20,
     "training.max_grad_norm": 0.5,

@@ -107,6 +107,7 @@ def boundary_fractions(
             size = controller.step_size(used, stats.prob_histogram, norm, state)
             optimizer.param_groups[0]["lr"] = controller.adamw_rate(size, norm)
         optimizer.step()
+        detector.track_balance(stats.prob_histogram)
     return fractions
 
 
@@ -138,6 +139,16 @@ def test_the_ratio_loss_alone_brings_the_fraction_to_its_target(
     assert abs(fractions[0] - start) < 0.03
     tail = relative_tail(fractions, ratio, settled=40)
     assert (tail.unfold(0, 20, 1).mean(1) - 1).abs().max() < 0.05
+    assert (tail - 1).square().mean().sqrt() < 0.1
+
+
+@pytest.mark.parametrize("ratio", [1.5, 2.0, 4.0, 8.0])
+def test_a_balanced_draw_is_steered_to_its_target(ratio: float) -> None:
+    config = controlled_run(ratio)
+    config = replace(config, model=replace(config.model, balanced_draw=True))
+    fractions = boundary_fractions(config, 1 / ratio, steps=100, common=0.7)
+    tail = relative_tail(fractions, ratio, settled=40)
+    assert abs(tail.mean() - 1) < 0.02
     assert (tail - 1).square().mean().sqrt() < 0.1
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -122,13 +123,52 @@ def test_the_sums_of_a_step_fit_together(make_run: Callable[..., RunConfig]) -> 
     assert summary.num_boundaries < pooled <= summary.num_tokens
 
 
-def test_rule_mode_moves_its_threshold_after_each_step(make_run: Callable[..., RunConfig]) -> None:
-    config = make_run(model={"boundary_mode": "rule"})
+@pytest.mark.parametrize("mode", ["learned_global", "learned_local", "ema_ste", "rule"])
+def test_the_threshold_moves_after_each_step(make_run: Callable[..., RunConfig], mode: str) -> None:
+    config = make_run(model={"boundary_mode": mode})
     engine, step, batch = engine_after_one_step(config)
     assert isinstance(engine.model, DLCM)
     threshold = float(engine.model.boundary_detector.threshold)
     step.run(batch, TrainState(step=1))
     assert threshold != 0.5 and float(engine.model.boundary_detector.threshold) != threshold
+
+
+@pytest.mark.parametrize("mode", ["learned_global", "learned_local", "ema_ste"])
+def test_training_does_not_know_whether_the_threshold_is_tracked(
+    make_run: Callable[..., RunConfig], mode: str
+) -> None:
+    """Bit for bit; only the threshold and what it would decide differ."""
+    results, tensors_after = [], []
+    for tracked in (True, False):
+        model = {"boundary_mode": mode, "track_threshold": tracked}
+        engine, step, batch = engine_after_one_step(make_run(f"tracked_{tracked}", model=model))
+        results.append(step.run(batch, TrainState(step=1)).summary)
+        tensors_after.append(everything(engine))
+    first, second = results
+    assert first.num_threshold_boundaries != second.num_threshold_boundaries
+    assert replace(first, num_threshold_boundaries=0) == replace(second, num_threshold_boundaries=0)
+    left, right = tensors_after
+    unequal = [name for name in left if not torch.equal(left[name], right[name])]
+    assert unequal == ["boundary_detector.threshold"]
+
+
+@pytest.mark.parametrize("mode", ["learned_global", "learned_local", "rule", "fixed", "ema_ste"])
+def test_samples_of_one_token_train(make_run: Callable[..., RunConfig], mode: str) -> None:
+    """No token has a predecessor: nothing to calibrate, to steer and to track."""
+    config = make_run(data={"seq_len": 1}, model={"boundary_mode": mode})
+    engine = tiny_engine(config)
+    loader = step_loader(config)
+    batch = next(loader)
+    loader.close()
+    before = everything(engine)
+    assert calibrate_boundaries(engine, config, batch) is None
+    summary = TrainStep(engine, config).run(batch, TrainState()).summary
+    assert summary.num_boundaries == summary.num_tokens == batch.num_tokens > 0
+    assert math.isfinite(summary.loss)
+    after = everything(engine)
+    kept = ("boundary_detector.offset", "boundary_detector.threshold")
+    assert all(torch.equal(before[name], after[name]) for name in kept)
+    assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
 
 
 @pytest.mark.parametrize("mode", ["learned_global", "learned_local", "rule", "ema_ste", "fixed"])

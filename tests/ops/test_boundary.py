@@ -14,8 +14,10 @@ from megadlcm.ops.boundary import (
     NUM_PROBABILITY_BINS,
     BoundarySampling,
     boundary_probability,
+    draw_balance,
     fixed_boundaries,
     histogram_quantile,
+    histogram_share,
     limit_segments,
     neighbour_cosine,
     probability_histogram,
@@ -249,6 +251,54 @@ def test_the_histogram_counts_tokens_that_have_a_predecessor() -> None:
     assert histogram[0] == 1
     assert histogram[-1] == 2
     assert histogram[NUM_PROBABILITY_BINS // 2] == 1
+
+
+@pytest.mark.parametrize("share", [0.02, 0.25, 0.5, 0.9])
+def test_the_share_is_the_inverse_of_the_quantile(share: float) -> None:
+    prob_T = torch.rand(20_001, generator=torch.Generator().manual_seed(7)) ** 2
+    histogram = probability_histogram(prob_T, one_document(20_001))
+    quantile = float(histogram_quantile(histogram, share))
+    assert histogram_share(histogram, quantile) == pytest.approx(share, abs=1e-4)
+    assert histogram_share(histogram, 0.0) == 1.0
+    assert histogram_share(histogram, 1.0) == 0.0
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 3.0])
+def test_the_balance_makes_both_kinds_of_flips_equally_many(power: float) -> None:
+    """Expected counts over all tokens, in fp64, with boundaries frequent, even and rare."""
+    prob_T = torch.rand(200_001, generator=torch.Generator().manual_seed(8)).double() ** power
+    position_T = one_document(prob_T.numel())
+    balance = draw_balance(probability_histogram(prob_T, position_T), 6.0)
+    assert balance is not None
+    assert {0.5: balance > 1.2, 1.0: 0.95 < balance < 1.05, 3.0: balance < 0.8}[power]
+    sharp_T, above_T = sharpen(prob_T, 6.0)[1:], (prob_T >= 0.5)[1:]
+    falling = float((1 - sharp_T)[above_T].sum()) * min(1 / balance, 1)
+    rising = float(sharp_T[~above_T].sum()) * min(balance, 1)
+    assert falling == pytest.approx(rising, rel=1e-3)
+    # the draws do what is expected of them
+    sampling = BoundarySampling(0, 3, torch.arange(prob_T.numel()))
+    drawn_T = sample_boundaries(prob_T, 6.0, sampling, position_T, torch.tensor(balance))[1:]
+    assert float((~drawn_T & above_T).sum()) == pytest.approx(falling, rel=0.05)
+    assert float((drawn_T & ~above_T).sum()) == pytest.approx(rising, rel=0.05)
+
+
+def test_a_balance_of_one_draws_as_none_does() -> None:
+    prob_T = torch.rand(5_000, generator=torch.Generator().manual_seed(9))
+    sampling = BoundarySampling(0, 3, torch.arange(prob_T.numel()))
+    draws = [
+        sample_boundaries(prob_T, 6.0, sampling, one_document(5_000), balance)
+        for balance in (None, torch.tensor(1.0), torch.tensor(0.3))
+    ]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+@pytest.mark.parametrize(("prob", "balance"), [(0.2, 1e-3), (0.8, 1e3)])
+def test_the_balance_is_bounded_where_all_tokens_lie_on_one_side(
+    prob: float, balance: float
+) -> None:
+    histogram = probability_histogram(torch.full((100,), prob), one_document(100))
+    assert draw_balance(histogram, 6.0) == balance
+    assert draw_balance(torch.zeros_like(histogram), 6.0) is None
 
 
 @pytest.mark.parametrize("share", [0.02, 0.25, 0.5, 0.9])

@@ -27,8 +27,8 @@ REPORT = (
     rf"training loss +{NUMBER} -> {NUMBER} nats per token",
     rf"held-out loss +{NUMBER} nats per token",
     rf"held-out bits per byte +{NUMBER}$",
-    rf"tokens per concept +{NUMBER} as trained \(sampled\)$",
-    rf"^ +{NUMBER} as at inference \(thresholded\)$",
+    rf"tokens per concept +{NUMBER} in training, as drawn$",
+    rf"^ +{NUMBER} at inference, thresholded$",
     rf"held-out, by domain +code {NUMBER}, en {NUMBER}$",
     rf"tokens per second +{NUMBER}$",
     "sample text, '\u2502' marks concept boundaries",
@@ -153,8 +153,8 @@ def test_the_reported_ratio_is_tokens_over_concepts(
     (tmp_path / "metrics.jsonl").write_text(lines)
     print_report(tmp_path, 60.0)
     printed = capsys.readouterr().out
-    assert "3.00 as trained (sampled)" in printed
-    assert "6.00 as at inference (thresholded)" in printed
+    assert "3.00 in training, as drawn" in printed
+    assert "6.00 at inference, thresholded" in printed
 
 
 def test_the_run_folder_follows_from_folder() -> None:
