@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,14 +11,17 @@ import torch
 from torch import Tensor
 
 from megadlcm.config import MupConfig
+from megadlcm.config.constants import SMOOTHING_CHUNK
 from megadlcm.model import LanguageModel, build_model
 from megadlcm.ops.boundary import BoundarySampling
 from tests.support.plain_model import BASE_WIDTH, PlainModel
 from tests.support.tiny_models import (
     ALIGNS,
     WEIGHTINGS,
+    neighbour_cosines,
     pack,
     perturb_gains,
+    position_in_document,
     random_documents,
     tiny_config,
     tiny_model,
@@ -38,21 +42,26 @@ OPTIONS: list[dict[str, Any]] = [
     {"self_attention_qk_norm": True, "target_tokens_per_concept": 2.0},
     {"boundary_size": 7},
     {"boundary_mode": "ema_ste"},
+    {"boundary_mode": "learned_local"},
+    {"boundary_mode": "rule"},
+    {"boundary_mode": "rule", "segment_align": "start_shift"},
+    {"boundary_mode": "fixed"},
+    {"boundary_mode": "fixed", "target_tokens_per_concept": 2.5, "segment_align": "start_shift"},
     {"token_kv_heads": 4, "concept_kv_heads": 1},
     {"rope_theta": 50.0, "norm_eps": 0.1},
 ]
 
 
 def relative_errors(
-    model: LanguageModel, plain: PlainModel, seed: int = 51
+    model: LanguageModel, plain: PlainModel, seed: int = 51, lengths: Sequence[int] = LENGTHS
 ) -> tuple[dict[str, float], Tensor | None]:
     """Largest difference of logits, p and each parameter's gradient, relative to the largest."""
-    documents = random_documents(LENGTHS, seed=seed)
+    documents = random_documents(lengths, seed=seed)
     tokens_T, cu_seqlens = pack(documents)
     sampling = BoundarySampling(3, 5, torch.arange(tokens_T.numel()))
     output = model(tokens_T, cu_seqlens, sampling)
-    masks = None if output.boundary_mask_T is None else output.boundary_mask_T.split(LENGTHS)
-    drawn = [mask_T.tolist() if masks and model.training else None for mask_T in masks or LENGTHS]
+    masks = None if output.boundary_mask_T is None else output.boundary_mask_T.split(lengths)
+    drawn = [mask_T.tolist() if masks and model.training else None for mask_T in masks or lengths]
     parts = [plain.forward(*pair) for pair in zip(documents, drawn, strict=True)]
     pairs = {"logits": (output.logits_TV, torch.cat([logits for logits, _ in parts]))}
     if output.boundary_prob_T is not None:
@@ -90,9 +99,48 @@ def test_the_model_is_the_plain_model(options: dict[str, Any], training: bool) -
     assert len(errors) == 2 + len(list(model.parameters()))
     assert {name: error for name, error in errors.items() if not error < TOLERANCE} == {}
     assert len(LENGTHS) + 3 < int(mask_T.sum()) < sum(LENGTHS) - 3
-    if training:  # and some decision was another one than the threshold's
+    # and some decision was another one than the threshold's
+    if training and model.config.boundary.is_sampled:
         decided_T = model.eval()(*pack(random_documents(LENGTHS, seed=51))).boundary_mask_T
         assert not torch.equal(mask_T, decided_T)
+
+
+@pytest.mark.parametrize("mode", ["learned_global", "ema_ste"])
+def test_a_document_of_more_concepts_than_a_chunk_is_the_plain_model(mode: str) -> None:
+    """The recurrence of the smoothing carries over its chunks of 64."""
+    shallow = dict.fromkeys(("encoder_layers", "backbone_layers", "decoder_layers"), 1)
+    options = shallow | {"boundary_mode": mode, "target_tokens_per_concept": 1.3}
+    model = reference_case(training=True, **options)
+    errors, mask_T = relative_errors(model, PlainModel(model), lengths=(3, 90))
+    assert SMOOTHING_CHUNK == 64 < int(mask_T[3:].sum()) < 85
+    assert {name: error for name, error in errors.items() if not error < TOLERANCE} == {}
+
+
+class Unclamped(PlainModel):
+    def smooth(self, concepts: list[Tensor], probs: list[Tensor]) -> list[Tensor]:
+        smoothed = concepts[:1]
+        for concept, prob in zip(concepts[1:], probs[1:], strict=True):
+            smoothed.append(prob * concept + (1 - prob) * smoothed[-1])
+        return smoothed
+
+
+@pytest.mark.parametrize("mode", ["learned_global", "ema_ste", "rule"])
+@pytest.mark.parametrize("end", [0.0, 1.0])
+def test_the_clamps_of_the_smoothing_are_those_of_the_plain_model(end: float, mode: str) -> None:
+    """Every token is a boundary, and for about half of them p is 0, or 1."""
+    model = reference_case(boundary_mode=mode)
+    detector = model.boundary_detector
+    tokens_T, cu_seqlens = pack(random_documents(LENGTHS, seed=51))
+    middle = neighbour_cosines(model, tokens_T, cu_seqlens).median()
+    detector.offset.fill_(float(middle) + (1.0 if end else -1.0))
+    detector.threshold.zero_()
+    errors, mask_T = relative_errors(model, PlainModel(model))
+    prob_T = model.boundaries(tokens_T, cu_seqlens).prob_T
+    inner_T = prob_T[position_in_document(cu_seqlens) > 0]
+    assert mask_T.all() and 8 < int((inner_T == end).sum()) < len(inner_T) - 8
+    assert {name: error for name, error in errors.items() if not error < TOLERANCE} == {}
+    # the control: without them the last bits would be others
+    assert relative_errors(model, Unclamped(model))[0]["logits"] > 1e-7
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])

@@ -25,7 +25,9 @@ class PlainModel:
     def __init__(self, model: LanguageModel) -> None:
         self.config: ModelConfig = model.config
         self.weights = dict(model.named_parameters())
-        self.offset = dict(model.named_buffers()).get("boundary_detector.offset", 0.0)
+        buffers = dict(model.named_buffers())
+        self.offset = buffers.get("boundary_detector.offset", 0.0)
+        self.threshold = buffers.get("boundary_detector.threshold", 0.5)
 
     def matrix(self, name: str, vector: Tensor) -> Tensor:
         return self.weights[f"{name}.weight"] @ vector
@@ -95,11 +97,20 @@ class PlainModel:
         return [self.norm(f"{name}.norm", row) for row in rows]
 
     def probabilities(self, hidden: list[Tensor]) -> list[Tensor]:
-        """p_t = (1 - cos(W_q h_(t-1), W_k h_t) + offset) / 2; p_0 = 1."""
+        """p_t = (1 - cos(W_q h_(t-1), W_k h_t) + offset) / 2; p_0 = 1.
+
+        Mode `rule` has no W, and in mode `fixed` p is the decision.
+        """
+        if self.config.boundary_mode == "fixed":
+            ratio = self.config.target_tokens_per_concept
+            places = [t // ratio > (t - 1) // ratio for t in range(len(hidden))]
+            return [torch.tensor(float(place), dtype=torch.float64) for place in places]
         probs = [torch.ones((), dtype=torch.float64)]
         for before, row in itertools.pairwise(hidden):
-            query = self.matrix("boundary_detector.w_q", before)
-            key = self.matrix("boundary_detector.w_k", row)
+            query, key = before, row
+            if self.config.boundary_mode != "rule":
+                query = self.matrix("boundary_detector.w_q", before)
+                key = self.matrix("boundary_detector.w_k", row)
             cosine = query @ key / (query @ query).sqrt() / (key @ key).sqrt()
             probs.append(((1 - cosine + self.offset) / 2).clamp(0, 1))
         return probs
@@ -180,10 +191,10 @@ class PlainModel:
         config = self.config
         hidden = self.stack("encoder", rows, config.encoder_layers)
         probs = self.probabilities(hidden)
-        mask = drawn or [bool(prob >= 0.5) for prob in probs]
+        mask = drawn or [bool(prob >= self.threshold) for prob in probs]
         concepts, newest = self.pool(hidden, mask)
         concepts = self.stack("backbone", concepts, config.backbone_layers)
-        if config.smoothing == "ema":
+        if config.smoothing == "ema" and config.boundary_mode != "fixed":
             weights = [prob for prob, is_boundary in zip(probs, mask, strict=True) if is_boundary]
             live = config.boundary_mode == "ema_ste"
             concepts = self.smooth(concepts, weights if live else [p.detach() for p in weights])

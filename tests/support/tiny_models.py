@@ -94,9 +94,8 @@ def tiny_model(*, seed: int = 0, training: bool = False, **options: Any) -> DLCM
     inner = neighbour_cosines(model, tokens_T, cu_seqlens)
     if model.boundary_detector.calibrates:
         model.boundary_detector.calibrate(inner)
-    if model.boundary_detector.tracks_threshold:
-        offset = model.boundary_detector.offset
-        model.boundary_detector.threshold.fill_(float(((1 - inner + offset) / 2).quantile(0.6)))
+    elif model.boundary_detector.tracks_threshold:
+        model.boundary_detector.threshold.fill_(float(((1 - inner) / 2).quantile(0.6)))
     model.train(training)
     return model
 
