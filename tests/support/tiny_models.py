@@ -124,6 +124,13 @@ def perturb_gains(model: DLCM, seed: int) -> None:
             parameter.add_(0.2 * noise)
 
 
+def similar_states(num_tokens: int, size: int, common: float) -> Tensor:
+    """Random states with a direction that all of them share."""
+    generator = torch.Generator().manual_seed(33)
+    shared = torch.randn(size, generator=generator)
+    return torch.randn(num_tokens, size, generator=generator) + common * shared
+
+
 def random_documents(lengths: Sequence[int], seed: int = 0) -> list[Tensor]:
     """Documents of random tokens with these lengths."""
     generator = torch.Generator().manual_seed(seed)
