@@ -27,7 +27,7 @@ class DamagedDataError(InputError):
 
 
 class StorageError(RuntimeError):
-    """The storage did not answer as it should, however often it was asked; says so in one line.
+    """The storage did not answer, or a disk did not take what was written; says so in one line.
 
     Not a statement on the bytes: another process, or the next start, may read them. Never skipped.
     The command line prints `error: <message>` and exits with 1.

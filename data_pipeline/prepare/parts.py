@@ -7,6 +7,7 @@ does not count. `part.json` comes when the part is complete.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -17,7 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data_pipeline.output_folder import close_durably, write_durably
+from data_pipeline.output_folder import close_durably, write_durably, writing
 from data_pipeline.prepare.encode import Batch, EncodedBatch
 from data_pipeline.prepare.formats.format import BEGINNING, Position
 from data_pipeline.shard_format.index import SHARD_DTYPE, DomainCounts, count_domain
@@ -154,7 +155,8 @@ class _OpenShard:
         return rows
 
     def write(self, contents: bytes) -> None:
-        self.file.write(contents)
+        with writing(Path(self.file.name)):
+            self.file.write(contents)
         self.digest.update(contents)
         self.size += len(contents)
 
@@ -209,7 +211,8 @@ class PartWriter:
     def close(self) -> None:
         """Closes the file that is open, if any; a shard that has not ended does not count."""
         if self._open is not None:
-            self._open.file.close()
+            with contextlib.suppress(OSError):  # on a full disk it fails again
+                self._open.file.close()
             self._open = None
 
     def _append(self, shard: _OpenShard, encoded: EncodedBatch, start: int, end: int) -> None:
@@ -238,7 +241,8 @@ class PartWriter:
         if shard is None:
             raise AssertionError("no shard is open")
         shard.write(archive_end(shard.size))
-        close_durably(shard.file)  # before the file that makes the shard count
+        with writing(Path(shard.file.name), shard.size):
+            close_durably(shard.file)  # before the file that makes the shard count
         rows, names = np.concatenate(shard.rows), list(shard.domains)
         # Tar, table, state: a kill between them leaves a shard without a state, which counts for
         # nothing.

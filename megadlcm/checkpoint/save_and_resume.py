@@ -10,13 +10,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import platform
+import re
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from data_pipeline.errors import InputError
 from data_pipeline.reading.phases import Phase, first_phase, next_phases
@@ -73,16 +77,33 @@ def save_checkpoint(engine: TrainingEngine, config: RunConfig, state: TrainState
         }
         text = json.dumps(description, indent=1)
         writers: Mapping[str, Callable[[Path], Any]] = {
-            files.MODEL: lambda path: save_file(model_tensors, path),
-            files.OPTIMIZER: lambda path: save_file(optimizer_tensors, path),
+            files.MODEL: lambda path: _write_tensors(model_tensors, path),
+            files.OPTIMIZER: lambda path: _write_tensors(optimizer_tensors, path),
             files.STATE: lambda path: path.write_text(text, encoding="utf-8"),
         }
-        checkpoints.commit(root, state.step, writers)
+        tensors = [*model_tensors.values(), *optimizer_tensors.values()]
+        num_bytes = sum(tensor.nbytes for tensor in tensors) + len(text)
+        checkpoints.commit(root, state.step, writers, num_bytes)
         # only after the commit: the newest complete checkpoint is never the one that goes
         checkpoints.prune(root, config.checkpoint.keep, folder)
     # nobody goes on before the folder has its name: whoever is killed now finds it
     engine.mesh.barrier()
     return folder
+
+
+def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Writes tensors as a file for whom the umask allows; raises OSError where the disk fails."""
+    # safetensors replaces it by a temporary file, which nobody else may read
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    path.chmod(mode)
 
 
 def _versions() -> dict[str, str]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from data_pipeline.errors import InputError, StorageError
+from data_pipeline.output_folder import FULL
 from megadlcm import __version__
 from megadlcm.commands import checkpoint, data, plan, train
 
@@ -76,13 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parse(argv)
         code = int(arguments.run(arguments))
-        sys.stdout.flush()  # here, where a closed pipe still has an answer
+        if not code:
+            sys.stdout.flush()  # here, where a closed pipe still has an answer
         return code
     except BrokenPipeError as error:
-        # what is left in the buffer goes nowhere, else the interpreter stumbles over it at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print(f"error: the output was closed ({error})", file=sys.stderr)
-        return EXIT_FAILED
+        return _lost_output(f"was closed ({error})")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT
@@ -93,9 +92,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("error: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
+        # whatever writes a file says so itself
+        if isinstance(error, OSError) and error.errno in FULL:
+            return _lost_output(f"cannot be written ({error.strerror}); send it to another place")
         traceback.print_exc()
         print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_FAILED
+
+
+def _lost_output(what: str) -> int:
+    """Says what has become of standard output; returns the exit code."""
+    # what is left in the buffer goes nowhere, else the interpreter stumbles over it at its end
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(f"error: the output {what}", file=sys.stderr)
+    return EXIT_FAILED
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:

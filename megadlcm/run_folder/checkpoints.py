@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import InputError
-from data_pipeline.output_folder import sync_path, write_durably
+from data_pipeline.errors import InputError, StorageError
+from data_pipeline.output_folder import sync_path, write_durably, writing
 from megadlcm.run_folder import files
 
 logger = logging.getLogger(__name__)
@@ -53,20 +53,42 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def commit(root: Path, step: int, writers: Mapping[str, Callable[[Path], None]]) -> Path:
+def commit(
+    root: Path,
+    step: int,
+    writers: Mapping[str, Callable[[Path], None]],
+    num_bytes: int | None = None,
+) -> Path:
     """Writes a checkpoint folder so that it is complete as soon as it has its name.
 
     Args:
         root: the folder `checkpoints`.
         step: completed optimizer steps.
         writers: for each file name, a function that writes the file at the path it is given.
+        num_bytes: about how many bytes they write, where that is known.
 
     Returns:
         The committed folder.
+
+    Raises:
+        StorageError: the disk does not take it; what was written of it is removed.
     """
-    root.mkdir(parents=True, exist_ok=True)
     final = root / files.step_name(step)
     building = final.with_name(final.name + ".tmp")
+    with writing(final, num_bytes):
+        try:
+            _build(building, step, writers)
+        except (OSError, StorageError):
+            shutil.rmtree(building, ignore_errors=True)  # the room may be needed, and is counted
+            raise
+        _publish(building, final)
+        write_durably(root / files.LATEST, f"{final.name}\n".encode())
+    return final
+
+
+def _build(building: Path, step: int, writers: Mapping[str, Callable[[Path], None]]) -> None:
+    """Writes the files of a checkpoint and their manifest into a folder of its own."""
+    building.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
     entries = {}
@@ -78,6 +100,11 @@ def commit(root: Path, step: int, writers: Mapping[str, Callable[[Path], None]])
         entries[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     manifest = json.dumps({"step": step, "files": entries}, indent=1)
     write_durably(building / files.MANIFEST, manifest.encode())
+
+
+def _publish(building: Path, final: Path) -> None:
+    """Gives a whole checkpoint folder its name."""
+    root = final.parent
     if final.exists():  # an earlier attempt that was passed over; its name is needed now
         # a folder cannot be replaced in one call where the target has files: two renames, and what
         # is left between them is recognised by its name
@@ -90,8 +117,6 @@ def commit(root: Path, step: int, writers: Mapping[str, Callable[[Path], None]])
     else:
         building.replace(final)
         sync_path(root)
-    write_durably(root / files.LATEST, f"{final.name}\n".encode())
-    return final
 
 
 def find_problem(folder: Path) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from data_pipeline.errors import InputError
+from data_pipeline.output_folder import disk_error, writing
 from megadlcm.config import RunConfig
 from megadlcm.parallel.mesh import ParallelMesh
 from megadlcm.run_folder import files
@@ -22,9 +25,8 @@ def rank_log(config: RunConfig, mesh: ParallelMesh) -> Iterator[None]:
         config: the run.
         mesh: ranks of the run.
     """
-    folder = Path(config.output_dir) / files.LOGS
-    folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / files.rank_log(mesh.rank), encoding="utf-8")
+    path = Path(config.output_dir) / files.LOGS / files.rank_log(mesh.rank)
+    handler = _open(path)
     handler.setFormatter(
         logging.Formatter(f"%(asctime)s rank {mesh.rank} %(levelname)s %(name)s: %(message)s")
     )
@@ -38,3 +40,36 @@ def rank_log(config: RunConfig, mesh: ParallelMesh) -> Iterator[None]:
         for name in _LOGGERS:
             logging.getLogger(name).removeHandler(handler)
         handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    """Ends the run where a line cannot be written, once: the last words are still said."""
+
+    _failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Raises what the disk said; logging itself prints a traceback for each line."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._failed:
+            self._failed = True
+            raise disk_error(Path(self.baseFilename), error.strerror or str(error)) from error
+
+    def close(self) -> None:
+        """Closes the file, without the lines that it did not take."""
+        with contextlib.suppress(OSError):
+            super().close()
+
+
+def _open(path: Path) -> _LogFile:
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return _LogFile(path, encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"output_dir = {path}: must be a file that can be written to ({error.strerror}); "
+            "remove it, or choose another output_dir",
+            key="output_dir",
+        ) from error

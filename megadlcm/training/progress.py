@@ -6,6 +6,8 @@ import logging
 import time
 from typing import Any
 
+from data_pipeline.errors import StorageError
+from data_pipeline.output_folder import FULL
 from data_pipeline.progress import LineLimit, open_bar
 
 logger = logging.getLogger(__name__)
@@ -47,7 +49,7 @@ class ProgressReport:
             return
         edge = row["step"] in (self._first_step + 1, self.train_steps)
         if self._lines.allows(always=edge):
-            print(line, flush=True)
+            _print(line)
 
     def say(self, line: str) -> None:
         """Shows one line above the bar, and logs it."""
@@ -55,7 +57,7 @@ class ProgressReport:
         if self._bar is not None:
             self._bar.say(line)
         elif self._enabled:
-            print(line, flush=True)
+            _print(line)
 
     def close(self) -> None:
         """Takes the bar down."""
@@ -71,6 +73,18 @@ class ProgressReport:
         minutes, seconds = divmod(round(seconds), 60)
         hours, minutes = divmod(minutes, 60)
         return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def _print(line: str) -> None:
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise StorageError(
+            f"the output cannot be written ({error.strerror}); send it to another place and start "
+            "again"
+        ) from error
 
 
 def _numbers(row: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from data_pipeline.errors import DamagedDataError
+from data_pipeline.output_folder import writing
 from data_pipeline.reading.batch import StepBatch
 from data_pipeline.reading.sources import DamagedShard, check_shards
 from megadlcm.config import RunConfig
@@ -107,6 +108,8 @@ class SkippedRecord:
             )
 
     def _write(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with open(self._folder / name, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        path = self._folder / name
+        with writing(path):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with open(path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

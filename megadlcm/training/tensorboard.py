@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from pathlib import Path
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
+from data_pipeline.output_folder import writing
 from megadlcm.run_folder.rows import Row
 
 # TensorBoard tag of a row's key; other keys stay in the file
@@ -48,10 +51,17 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        self._events = SummaryWriter(str(folder), purge_step=first_step)
+        self._folder = folder
+        _say_once()
+        with writing(folder):
+            self._events = SummaryWriter(str(folder), purge_step=first_step)
 
     def write(self, row: Row) -> None:
         """Writes the numbers of a row under their tags."""
+        with writing(self._folder):
+            self._write(row)
+
+    def _write(self, row: Row) -> None:
         step = row["step"]
         for key, tag in _SCALARS.items():
             # a number in training rows, one for each domain in evaluation rows: `_GROUPS`
@@ -69,7 +79,8 @@ class TensorBoard:
 
     def write_text(self, tag: str, text: str, step: int) -> None:
         """Writes a text as a code block."""
-        self._events.add_text(tag, "    " + text.replace("\n", "\n    "), step)
+        with writing(self._folder):
+            self._events.add_text(tag, "    " + text.replace("\n", "\n    "), step)
 
     def write_lengths(self, concept_lengths: list[int], step: int) -> None:
         """Writes the histogram of concept lengths; entry n counts concepts of n tokens."""
@@ -78,20 +89,37 @@ class TensorBoard:
         # from counts: TensorBoard's own binning would ask for every length, millions of them
         counts, lengths = np.array(concept_lengths, dtype=float), np.arange(len(concept_lengths))
         used = counts > 0
-        self._events.add_histogram_raw(
-            "concepts/length",
-            min=float(lengths[used].min()),
-            max=float(lengths[used].max()),
-            num=int(counts.sum()),
-            sum=float((counts * lengths).sum()),
-            sum_squares=float((counts * lengths**2).sum()),
-            bucket_limits=(lengths + 0.5).tolist(),
-            bucket_counts=counts.tolist(),
-            global_step=step,
-        )
+        with writing(self._folder):
+            self._events.add_histogram_raw(
+                "concepts/length",
+                min=float(lengths[used].min()),
+                max=float(lengths[used].max()),
+                num=int(counts.sum()),
+                sum=float((counts * lengths).sum()),
+                sum_squares=float((counts * lengths**2).sum()),
+                bucket_limits=(lengths + 0.5).tolist(),
+                bucket_counts=counts.tolist(),
+                global_step=step,
+            )
 
     def flush(self) -> None:
-        self._events.flush()
+        with writing(self._folder):
+            self._events.flush()
 
     def close(self) -> None:
-        self._events.close()
+        with writing(self._folder):
+            self._events.close()
+
+
+@functools.cache
+def _say_once() -> None:
+    """Keeps the thread that writes events from printing what the next call raises anyway."""
+    earlier = threading.excepthook
+
+    def say(ended: threading.ExceptHookArgs) -> None:
+        # its class is private, so its name is no promise: without it the error is said twice
+        is_writer = type(ended.thread).__name__ == "_AsyncWriterThread"
+        if not (is_writer and isinstance(ended.exc_value, OSError)):
+            earlier(ended)
+
+    threading.excepthook = say

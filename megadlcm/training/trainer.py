@@ -222,10 +222,14 @@ class Trainer:
         )
 
     def _write_sample_texts(self, text: str) -> None:
-        folder = Path(self.config.output_dir) / files.SAMPLES
-        folder.mkdir(exist_ok=True)
-        path = folder / f"{files.step_name(self.state.step)}.txt"
-        path.write_text(text, encoding="utf-8")
+        path = Path(self.config.output_dir) / files.SAMPLES
+        path /= f"{files.step_name(self.state.step)}.txt"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            # something to look at: neither the run nor the checkpoint of this step waits for it
+            logger.warning("no sample text: %s cannot be written (%s)", path, error.strerror)
         if self.metrics is not None and self.metrics.events is not None:
             self.metrics.events.write_text("samples", text, self.state.step)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -328,3 +330,14 @@ def test_a_reader_that_has_seen_enough_leaves_no_traceback(run_file: Path) -> No
     line = process.communicate(timeout=START_SECONDS)[1]
     assert process.returncode == 1
     assert line.startswith("error: the output was closed") and line.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_an_output_on_a_full_disk_is_a_failure_in_one_line(run_file: Path, command: str) -> None:
+    words = [sys.executable, "-m", "megadlcm", command, str(run_file)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    line = done.stderr
+    assert done.returncode == 1
+    assert line.startswith("error: the output cannot be written (No space left on device); send")
+    assert line.count("\n") == 1

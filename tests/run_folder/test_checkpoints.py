@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 from pathlib import Path
 
 import pytest
 
+from data_pipeline.errors import StorageError
 from data_pipeline.output_folder import sync_path
 from megadlcm.run_folder import checkpoints, files
 from megadlcm.run_folder.checkpoints import (
@@ -105,6 +108,27 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
         assert newest_step(tmp_path) == 1
     assert str(newest) in caplog.text and problem in caplog.text
     assert [bool(checkpoint.problem) for checkpoint in verify_all(tmp_path)] == [True, False]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])
+@pytest.mark.parametrize("refused", ["model.safetensors", "state.json"])
+def test_a_save_that_the_disk_does_not_take_is_removed(
+    tmp_path: Path, number: int, refused: str
+) -> None:
+    save(tmp_path, 1)
+
+    def write(path: Path) -> None:
+        path.write_text("half of")
+        if path.name == refused:
+            raise OSError(number, os.strerror(number))
+
+    with pytest.raises(StorageError) as failed:
+        commit(tmp_path, 2, dict.fromkeys(("model.safetensors", "state.json"), write), 12_345)
+    line = str(failed.value)
+    assert f"step_0000000002: cannot be written ({os.strerror(number)}); 12,345 bytes " in line
+    assert f" bytes free in {tmp_path}; " in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_0000000001"]
+    assert newest_step(tmp_path) == 1
 
 
 def test_resuming_does_not_trust_latest(tmp_path: Path) -> None:

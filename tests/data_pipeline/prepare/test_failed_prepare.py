@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +16,7 @@ from data_pipeline import read_index
 from data_pipeline.errors import InputError, StorageError
 from data_pipeline.inspection.verify import verify_folder
 from data_pipeline.prepare.write_shards import PrepareOptions, prepare
+from tests.support.full_disks import fill, small_disk
 from tests.support.prepare_process import Disturbance, start_prepare
 from tests.support.tiny_shards import TEXTS, one_line, write_jsonl
 
@@ -177,3 +180,37 @@ def test_another_tokenizer_is_replaced_only_on_request(
     assert files(folder) == {"tokenizer.json": b"another"}
     make_shards(overwrite=True)
     assert not list(verify_folder(read_index(folder)))
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
+    tmp_path: Path, tokenizer_file: Path
+) -> None:
+    """With the file, what is free, and exit code 1; the finished folder is that of a whole disk."""
+    source = write_jsonl(tmp_path / "texts.jsonl", [text * 40 for text in TEXTS])
+    options = PrepareOptions((str(source),), tokenizer_file, tmp_path / "whole", shard_tokens=100)
+    prepare(options)
+    with small_disk(tmp_path / "disk", 1 << 20) as disk:
+        options = replace(options, output=disk / "shards")
+        for free_bytes in (0, 8192, 24576):
+            filler = fill(disk, free_bytes)
+            with pytest.raises(StorageError) as failed:
+                prepare(options)
+            line = one_line(failed)
+            assert line.startswith(f"{disk}/shards/.unfinished/"), line
+            assert "cannot be written (No space left on device); " in line
+            assert re.search(rf" [\d,]+ bytes free in {disk}/shards", line)
+            filler.unlink()
+        prepare(options)
+        assert files(disk / "shards") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("mask", [0o002, 0o027])
+def test_files_have_the_modes_of_the_umask(make_shards: MakeShards, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        folder = make_shards(shard_tokens=20)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    assert modes == dict.fromkeys(modes, 0o666 & ~mask) and "index.json" in modes
+    assert folder.stat().st_mode & 0o777 == 0o777 & ~mask
