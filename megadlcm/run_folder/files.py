@@ -4,6 +4,9 @@ from __future__ import annotations
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
+ABANDONED = "metrics.abandoned.jsonl"
+EVENTS = "events.jsonl"
+OWNER = "owner.json"
 TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"

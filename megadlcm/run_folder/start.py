@@ -1,60 +1,67 @@
-"""The run folder at the start of a run: resolved config, and no metrics of another run."""
+"""The run folder at the start of a run: what must be writable in it, and the resolved config."""
 
 from __future__ import annotations
 
-import logging
+import os
 from pathlib import Path
-from typing import Any
 
 from data_pipeline.errors import InputError
-from data_pipeline.output_folder import write_durably
-from megadlcm.config import RunConfig, config_to_dict, load_config
+from data_pipeline.output_folder import make_output_folder, write_durably
+from megadlcm.config import RunConfig
 from megadlcm.config.decode import dump_config
 from megadlcm.run_folder import files
 
-logger = logging.getLogger(__name__)
+_FOLDERS = (files.CHECKPOINTS, files.LOGS, files.SAMPLES, files.SKIPPED, files.TENSORBOARD)
+_APPENDED = (files.METRICS, files.ABANDONED, files.EVENTS)
+_WAY_OUT = "remove it, or choose another output_dir"
 
-# what may differ between two starts whose metrics belong to one curve
-_FREE_SECTIONS = ("name", "output_dir", "checkpoint", "evaluation", "logging")
+
+def check_run_folder(folder: Path) -> None:
+    """Tries whether a run could write all that it is going to, and makes nothing.
+
+    Args:
+        folder: the run folder, which can be written to.
+
+    Raises:
+        InputError: something stands in the way, which would be found after hours of training.
+    """
+    for name in _FOLDERS:
+        if os.path.lexists(folder / name):  # else it can be made
+            make_output_folder(folder / name, "output_dir =", _WAY_OUT)
+    for name in (*_APPENDED, files.CONFIG):
+        path, reason = folder / name, "it is none"
+        # a pipe would be waited for, and a device be read without an end
+        if path.is_file() or not os.path.lexists(path):
+            if name == files.CONFIG:
+                continue  # replaced, whatever may be written to it
+            if name == files.CONFIG:
+                continue  # replaced, whatever may be written to it
+            try:
+                os.close(os.open(path, os.O_WRONLY | os.O_APPEND))
+                continue
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                reason = error.strerror or str(error)
+        raise InputError(
+            f"output_dir = {path}: must be a file that can be written to ({reason}); {_WAY_OUT}",
+            key="output_dir",
+        )
 
 
-def prepare_run_folder(config: RunConfig, resumed: bool) -> None:
-    """Writes config.yaml; sets metrics aside that another config left without a checkpoint.
-
-    A run that was killed before its first checkpoint starts again from scratch and replays its
-    rows. If its config was changed in between, those rows would be another run's.
+def prepare_run_folder(config: RunConfig) -> None:
+    """Writes config.yaml.
 
     Args:
         config: the resolved run.
-        resumed: whether a checkpoint is continued, which has checked the config already.
     """
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    metrics = folder / files.METRICS
-    if not resumed and metrics.exists() and _curve_of(config) != _saved_curve(folder):
-        # set aside, not removed: whoever changed the config may want the curve
-        number = 1
-        while (aside := folder / f"{files.METRICS}.{number}").exists():
-            number += 1
-        metrics.replace(aside)
-        logger.warning("the config changed and there is no checkpoint: moved metrics to %s", aside)
     write_durably(folder / files.CONFIG, dump_config(config).encode())
 
 
 def is_run_folder(folder: Path) -> bool:
     """Whether a folder is what a run leaves behind, and nothing else that one would miss."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
-    # a run that ends early has nothing but logs
-    return names <= {files.LOGS} or not names.isdisjoint({files.CONFIG, files.METRICS})
-
-
-def _curve_of(config: RunConfig) -> dict[str, Any]:
-    values = config_to_dict(config)
-    return {key: value for key, value in values.items() if key not in _FREE_SECTIONS}
-
-
-def _saved_curve(folder: Path) -> dict[str, Any] | None:
-    try:
-        return _curve_of(load_config(folder / files.CONFIG))
-    except (InputError, OSError):
-        return None
+    # a run that ends early has nothing but logs, and one that is killed then its owner
+    return names <= {files.LOGS, files.OWNER} or not names.isdisjoint({files.CONFIG, files.METRICS})

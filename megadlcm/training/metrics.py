@@ -94,7 +94,7 @@ class MetricsWriter:
     """
 
     def __init__(self, folder: Path, first_step: int, tensorboard: bool) -> None:
-        self._rows = RowFile(folder)
+        self._rows = RowFile(folder, first_step)
         self.events = TensorBoard(folder / files.TENSORBOARD, first_step) if tensorboard else None
 
     def write(self, row: Row) -> None:
@@ -110,6 +110,8 @@ class MetricsWriter:
             self.events.flush()
 
     def close(self) -> None:
-        self._rows.close()
-        if self.events is not None:
-            self.events.close()
+        try:
+            self._rows.close()
+        finally:
+            if self.events is not None:
+                self.events.close()

@@ -127,7 +127,7 @@ def open_trainer(
     state = resumed or fresh_state(config)
     # only now: a start that is refused must not touch the run that is there
     if mesh.is_writer:
-        prepare_run_folder(config, resumed is not None)
+        prepare_run_folder(config)
     with contextlib.ExitStack() as stack:
         loader = open_loader(config, mesh, state)
         stack.callback(loader.close)

@@ -1,79 +1,110 @@
+"""What stands in the way of a run is found before its first step, and nothing is made for it."""
+
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from data_pipeline.errors import InputError
 from megadlcm.config import RunConfig, load_config
-from megadlcm.run_folder.start import prepare_run_folder
+from megadlcm.run_folder.start import check_run_folder, is_run_folder, prepare_run_folder
 
 MakeRun = Callable[..., RunConfig]
-ROWS = '{"step": 1}\n'
+FOLDERS = ("checkpoints", "logs", "samples", "skipped", "tensorboard")
+FILES = ("metrics.jsonl", "metrics.abandoned.jsonl", "events.jsonl")
 
 
-def left_behind(config: RunConfig) -> Path:
-    """A run that was killed before its first checkpoint; returns its folder."""
-    prepare_run_folder(config, resumed=False)
-    folder = Path(config.output_dir)
-    (folder / "metrics.jsonl").write_text(ROWS)
-    return folder
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+def refusal(folder: Path) -> str:
+    with pytest.raises(InputError) as refused:
+        check_run_folder(folder)
+    assert refused.value.key == "output_dir"
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
 
 
 def test_the_resolved_config_is_kept_and_loads_as_the_same_run(make_run: MakeRun) -> None:
     config = make_run(seed=3, optimizer={"betas": [0.8, 0.9]})
-    prepare_run_folder(config, resumed=False)
+    prepare_run_folder(config)
     assert load_config(Path(config.output_dir) / "config.yaml") == config
 
 
-def test_the_same_run_from_scratch_keeps_its_rows(make_run: MakeRun) -> None:
-    folder = left_behind(make_run())
-    prepare_run_folder(make_run(), resumed=False)
-    assert (folder / "metrics.jsonl").read_text() == ROWS
-    assert names(folder) == ["config.yaml", "metrics.jsonl"]
+@pytest.mark.parametrize("filled", [False, True])
+def test_what_is_missing_and_what_is_whole_pass_and_stay(tmp_path: Path, filled: bool) -> None:
+    for name in FOLDERS if filled else ():
+        (tmp_path / name).mkdir()
+    for name in FILES if filled else ():
+        (tmp_path / name).write_text("{}\n")
+    before = sorted(tmp_path.rglob("*"))
+    check_run_folder(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert all((tmp_path / name).read_text() == "{}\n" for name in FILES if filled)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"name": "other"}, {"checkpoint": {"keep": 7}}, {"logging": {"peak_tflops": 1.0}}],
-    ids=str,
-)
-def test_what_does_not_bend_the_curve_keeps_the_rows(
-    make_run: MakeRun, change: dict[str, dict[str, object]]
+@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("in_the_way", ["file", "link to nothing"])
+def test_what_must_be_a_folder(tmp_path: Path, name: str, in_the_way: str) -> None:
+    path = tmp_path / name
+    path.touch() if in_the_way == "file" else path.symlink_to("nothing")
+    line = refusal(tmp_path)
+    assert f"output_dir = {path}: must be a folder that can be written to" in line
+    assert "remove it, or choose another output_dir" in line
+
+
+@pytest.mark.parametrize("name", [*FILES, "config.yaml"])
+def test_what_must_be_a_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    line = refusal(tmp_path)
+    assert f"output_dir = {tmp_path / name}: must be a file" in line
+    assert "remove it, or choose another output_dir" in line
+
+
+def test_a_pipe_nobody_reads_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    assert "metrics.jsonl: must be a file" in refusal(tmp_path)
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Callable[[Path], None]]:
+    """Function that makes a folder or a file read-only, for root as well."""
+    mounted: list[Path] = []
+
+    def protect(path: Path) -> None:
+        if os.geteuid() != 0:
+            path.chmod(0o555 if path.is_dir() else 0o444)
+            return
+        for options in (["--bind", str(path)], ["-o", "remount,ro,bind"]):
+            done = subprocess.run(["mount", *options, str(path)], check=False, capture_output=True)
+            if done.returncode:
+                pytest.skip("root without mounts may write everywhere; run the tests as a user")
+            mounted[:] = [path]
+
+    yield protect
+    for path in mounted:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+@pytest.mark.parametrize("name", ["samples", "checkpoints", "metrics.jsonl"])
+def test_what_may_only_be_read(
+    tmp_path: Path, read_only: Callable[[Path], None], name: str
 ) -> None:
-    folder = left_behind(make_run())
-    changed = make_run(**change)
-    prepare_run_folder(changed, resumed=False)
-    assert names(folder) == ["config.yaml", "metrics.jsonl"]
-    assert load_config(folder / "config.yaml") == changed
+    path = tmp_path / name
+    path.touch() if "." in name else path.mkdir()
+    check_run_folder(tmp_path)  # as it is it may be written
+    read_only(path)
+    line = refusal(tmp_path)
+    assert f"output_dir = {path}: must be a " in line
+    assert "Read-only file system" in line or "Permission denied" in line
 
 
-def test_rows_of_another_run_are_set_aside_and_never_overwritten(
-    make_run: MakeRun, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = left_behind(make_run())
-    for seed in (1, 2):
-        prepare_run_folder(make_run(seed=seed), resumed=False)
-        (folder / "metrics.jsonl").write_text(f"rows of seed {seed}\n")
-    assert names(folder) == ["config.yaml", "metrics.jsonl", "metrics.jsonl.1", "metrics.jsonl.2"]
-    assert (folder / "metrics.jsonl.1").read_text() == ROWS
-    assert (folder / "metrics.jsonl.2").read_text() == "rows of seed 1\n"
-    assert "moved metrics to" in caplog.text
-
-
-def test_rows_beside_an_unreadable_config_are_set_aside(make_run: MakeRun) -> None:
-    folder = left_behind(make_run())
-    (folder / "config.yaml").write_text("model: [")
-    prepare_run_folder(make_run(), resumed=False)
-    assert names(folder) == ["config.yaml", "metrics.jsonl.1"]
-
-
-def test_a_resumed_run_keeps_its_rows_whatever_changed(make_run: MakeRun) -> None:
-    """What may change on resume was checked against the checkpoint."""
-    folder = left_behind(make_run())
-    prepare_run_folder(make_run(optimizer={"learning_rate": 1.0}), resumed=True)
-    assert (folder / "metrics.jsonl").read_text() == ROWS
+def test_what_a_run_leaves_behind_is_a_run_folder(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "owner.json").touch()  # of a run that was killed in its first seconds
+    assert is_run_folder(tmp_path)
+    (tmp_path / "letters").mkdir()
+    assert not is_run_folder(tmp_path)
+    (tmp_path / "config.yaml").touch()
+    assert is_run_folder(tmp_path)

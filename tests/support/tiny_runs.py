@@ -15,6 +15,7 @@ from megadlcm.config import RunConfig, config_from_dict
 from megadlcm.engine.engine import TrainingEngine, build_engine
 from megadlcm.parallel.partition import build_stage_model
 from megadlcm.parallel.process_group import join_process_group
+from megadlcm.run_folder.rows import MEASURED_KEYS
 
 VOCAB_SIZE = 300
 SEQ_LEN = 32
@@ -132,17 +133,7 @@ def step_loader(config: RunConfig, start_sample: int = 0) -> StepLoader:
     )
 
 
-TIMING_KEYS = (
-    "tokens_per_second",
-    "step_seconds",
-    "data_seconds",
-    "memory_bytes",
-    "model_flops_utilization",
-    "restart_count",
-)
-
-
 def without_timing(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Rows without the entries that two equal runs do not share."""
     for row in rows:
-        yield {key: value for key, value in row.items() if key not in TIMING_KEYS}
+        yield {key: value for key, value in row.items() if key not in MEASURED_KEYS}
