@@ -70,6 +70,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _remove_earlier_run(run_folder: Path) -> None:
     """Removes what an earlier quickstart left; raises InputError where that is no run folder."""
+    from megadlcm.run_folder.owner import holding
     from megadlcm.run_folder.start import is_run_folder
 
     if not run_folder.exists():
@@ -79,8 +80,9 @@ def _remove_earlier_run(run_folder: Path) -> None:
             f"{run_folder} is not the folder of a run and stays as it is; choose another --folder",
             key="--folder",
         )
-    print(f"removing the earlier run in {run_folder}", flush=True)
-    shutil.rmtree(run_folder)
+    with holding(run_folder):  # refused where it is still training
+        print(f"removing the earlier run in {run_folder}", flush=True)
+        shutil.rmtree(run_folder)
 
 
 def _prepare_data(folder: Path, code_bytes: int) -> list[str]:

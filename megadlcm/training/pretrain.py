@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from data_pipeline.errors import InputError, StorageError
-from data_pipeline.output_folder import make_output_folder
+from data_pipeline.output_folder import make_output_folder, writing
 from data_pipeline.reading.sources import SourceSummary
 from megadlcm.checkpoint.save_and_resume import fresh_state, resume
 from megadlcm.config import RunConfig
@@ -24,7 +24,8 @@ from megadlcm.parallel.process_group import abandon_process_group, join_process_
 from megadlcm.parallel.rendezvous import MissingRanksError
 from megadlcm.parallel.watch.activity import doing
 from megadlcm.parallel.watch.watchdog import report_failure
-from megadlcm.run_folder.start import prepare_run_folder
+from megadlcm.run_folder.owner import holding
+from megadlcm.run_folder.start import check_run_folder, prepare_run_folder
 from megadlcm.training.checks import check_agreement, check_launch, check_training_sources
 from megadlcm.training.logs import rank_log
 from megadlcm.training.metrics import MetricsWriter
@@ -53,23 +54,50 @@ def run(config: RunConfig) -> int:
     alone = launch_environment().world_size == 1
     # alone it costs nothing to look now; several processes share the look, which needs the group
     damaged = damaged_shards(config) if alone else []
-    make_output_folder(Path(config.output_dir), "output_dir =")
+    folder = Path(config.output_dir)
+    make_output_folder(folder, "output_dir =")
     try:
         mesh = join_process_group(config.parallel)
     except MissingRanksError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    with rank_log(config, mesh):
+    with contextlib.ExitStack() as stack:
         try:
+            # the log is opened by who holds the folder, and closed after the last words
+            stack.enter_context(_run_folder(config, mesh))
+            stack.enter_context(rank_log(config, mesh))
             check_agreement(config, sources.fingerprints, mesh)
             damaged = damaged if alone else damaged_shards(config, mesh)
-            with open_trainer(config, mesh, sources) as trainer:
+            # a net below those who know what they write: the removal of old checkpoints, say
+            with writing(folder), open_trainer(config, mesh, sources) as trainer:
                 trainer.data.skipped.note_shards(damaged)
                 _announce(trainer, sources.train_tokens)
                 trainer.fit()
             return 0
         except Exception as error:
             return _exit_code(error)
+
+
+@contextlib.contextmanager
+def _run_folder(config: RunConfig, mesh: ParallelMesh) -> Iterator[None]:
+    """Holds the run folder for all processes of the run; collective.
+
+    Raises:
+        InputError: on every process, where another start holds it or it cannot be written.
+    """
+    folder = Path(config.output_dir)
+    with contextlib.ExitStack() as stack:
+        refused = None
+        if mesh.is_writer:
+            try:
+                stack.enter_context(holding(folder))
+                check_run_folder(folder)
+            except (InputError, StorageError) as error:
+                refused = error
+        told: Exception | None = mesh.broadcast_object(refused)
+        if told is not None:
+            raise told
+        yield
 
 
 def _exit_code(error: Exception) -> int:
@@ -84,7 +112,8 @@ def _exit_code(error: Exception) -> int:
     explained = _leave_others(error)
     if is_plain:
         explained = str(error)
-    if explained is not None:
+    # before there is a log the line would go to the screen, where it is said once more
+    if explained is not None and logger.hasHandlers():
         logger.error("%s", explained)
     if explained is None or isinstance(error, InputError):
         raise error

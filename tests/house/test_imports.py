@@ -20,7 +20,12 @@ _CONFIG = ("megadlcm.config", "data_pipeline.errors")
 _MODEL = ("megadlcm.model", "megadlcm.ops", *_CONFIG)
 _PARALLEL = ("megadlcm.parallel", "megadlcm.plan", *_MODEL)
 _ENGINE = ("megadlcm.engine", *_PARALLEL, "data_pipeline.reading")
-_RUN_FOLDER = ("megadlcm.run_folder", *_CONFIG, "data_pipeline.output_folder")
+_RUN_FOLDER = (
+    "megadlcm.run_folder",
+    *_CONFIG,
+    "data_pipeline.output_folder",
+    "data_pipeline.storage.locks",
+)
 MAY_IMPORT = {
     "data_pipeline": (),
     "data_pipeline.storage": ("data_pipeline.errors",),

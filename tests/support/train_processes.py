@@ -53,9 +53,17 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 
 def kill_at(process: subprocess.Popen[str], moment: Moment, run_folder: Path) -> None:
-    """Kills a training process in the first moment of a kind that it can be caught in.
+    """Kills a training process in the first moment of a kind that it can be caught in."""
+    stop_at(process, moment, run_folder)
+    process.kill()
+    process.communicate(timeout=START_SECONDS)
+    assert process.returncode == -signal.SIGKILL
 
-    It is stopped first: what a poll has seen may be over before a signal arrives.
+
+def stop_at(process: subprocess.Popen[str], moment: Moment, run_folder: Path) -> None:
+    """Stops a training process (SIGSTOP) in the first moment of a kind that it is caught in.
+
+    What a poll has seen may be over before a signal arrives: then it goes on and is tried again.
     """
     deadline = time.monotonic() + START_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
@@ -65,9 +73,6 @@ def kill_at(process: subprocess.Popen[str], moment: Moment, run_folder: Path) ->
         process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         if moment(run_folder):
-            process.kill()
-            process.communicate(timeout=START_SECONDS)
-            assert process.returncode == -signal.SIGKILL
             return
         process.send_signal(signal.SIGCONT)
     process.kill()

@@ -15,6 +15,7 @@ import pytest
 from data_pipeline import read_index
 from launchers.quickstart.report import print_report
 from megadlcm.run_folder.checkpoints import newest_verified
+from megadlcm.run_folder.owner import holding
 from megadlcm.run_folder.rows import read_rows
 from tests.support.paths import ROOT
 
@@ -161,3 +162,13 @@ def test_the_run_folder_follows_from_folder() -> None:
     done = quickstart("output_dir=elsewhere")
     assert done.returncode == 2
     assert "output_dir" in done.stderr and "--folder" in done.stderr
+
+
+def test_a_run_that_is_still_training_is_not_removed(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    with holding(tmp_path / "run"):
+        done = quickstart("--folder", tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"output_dir = {tmp_path / 'run'}: another start of the run is using it" in done.stderr
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
