@@ -15,7 +15,6 @@ from megadlcm.parallel.environment import (
     announce_address,
     choose_device,
     launch_environment,
-    launcher_store,
 )
 from megadlcm.parallel.groups import forget_groups, make_mesh
 from megadlcm.parallel.mesh import ParallelMesh
@@ -41,7 +40,7 @@ def join_process_group(parallel: ParallelConfig | None = None) -> ParallelMesh:
     parallel = parallel or ParallelConfig()
     launch = launch_environment()
     parallel.data_parallel_size(launch.world_size)
-    device = choose_device(launch.local_rank)
+    device = choose_device(launch)
     adopt_device(launch, device)
     # the watch ends a process that waits too long, and says for whom; the backend's own timeout,
     # which names nobody, is only the backstop
@@ -68,7 +67,7 @@ def _initialize(
             "set it to the host of rank 0",
         )
     announce_address(launch)
-    by_rank_0, attempt = launcher_store()
+    by_rank_0, attempt = not launch.is_store_of_launcher, str(launch.attempt)
     place = (launch.master_address, launch.master_port, attempt, by_rank_0, collective_timeout)
     store = open_store(launch.rank, *place)
     # before torch does, whose own error names nobody
