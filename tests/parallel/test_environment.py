@@ -125,7 +125,7 @@ def test_a_shell_in_a_single_task_may_start_several_processes() -> None:
 
 def test_runs_of_slurm_that_may_share_a_node_do_not_meet_on_one_port() -> None:
     """Jobs a thousand ids apart, steps of a job, and a start after one whose port was taken."""
-    starts = (
+    starts: tuple[dict[str, str], ...] = (
         {},
         {"SLURM_JOB_ID": "123457"},
         {"SLURM_JOB_ID": "124456"},
