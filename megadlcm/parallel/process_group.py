@@ -15,15 +15,15 @@ from megadlcm.parallel.environment import (
     announce_address,
     choose_device,
     launch_environment,
-    launcher_store,
 )
 from megadlcm.parallel.groups import forget_groups, make_mesh
 from megadlcm.parallel.mesh import ParallelMesh
-from megadlcm.parallel.rendezvous import open_store, wait_for_all
-from megadlcm.parallel.watch.watchdog import start_watch, stop_watch
+from megadlcm.parallel.rendezvous import RendezvousError, meet, without_stack_traces
+from megadlcm.parallel.watch.activity import doing
+from megadlcm.parallel.watch.watchdog import first_line, report_failure, start_watch, stop_watch
 
 
-def join_process_group(parallel: ParallelConfig | None = None) -> ParallelMesh:
+def join_process_group(parallel: ParallelConfig | None = None, name: str = "run") -> ParallelMesh:
     """Joins the run: picks the device, initialises the process group, makes the groups of the axes.
 
     gloo, or nccl on GPUs. Safe to call again in the same process: groups stay until the process
@@ -31,31 +31,33 @@ def join_process_group(parallel: ParallelConfig | None = None) -> ParallelMesh:
 
     Args:
         parallel: sizes of the axes; None means that all processes are replicas.
+        name: of the run, the same for all its processes.
 
     Returns:
         Ranks, groups and device of this process.
 
     Raises:
         InputError: the launcher's environment is incomplete, or the processes cannot be shared out.
+        RendezvousError: the processes did not find each other.
     """
     parallel = parallel or ParallelConfig()
     launch = launch_environment()
     parallel.data_parallel_size(launch.world_size)
-    device = choose_device(launch.local_rank)
+    device = choose_device(launch)
     adopt_device(launch, device)
     # the watch ends a process that waits too long, and says for whom; the backend's own timeout,
     # which names nobody, is only the backstop
     backstop = timedelta(seconds=1.5 * parallel.collective_timeout_seconds + 60.0)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        _initialize(launch, backend, backstop, parallel.collective_timeout_seconds)
         atexit.register(leave_process_group)
+        _initialize(launch, name, backend, backstop, parallel.collective_timeout_seconds)
     sizes = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
     return make_mesh(launch, device, *sizes, backstop)
 
 
 def _initialize(
-    launch: LaunchEnvironment, backend: str, timeout: timedelta, collective_timeout: float
+    launch: LaunchEnvironment, name: str, backend: str, timeout: timedelta, patience: float
 ) -> None:
     if launch.world_size == 1:
         # in memory: needs no port, so that nothing can collide with it
@@ -68,16 +70,20 @@ def _initialize(
             "set it to the host of rank 0",
         )
     announce_address(launch)
-    by_rank_0, attempt = launcher_store()
-    place = (launch.master_address, launch.master_port, attempt, by_rank_0, collective_timeout)
-    store = open_store(launch.rank, *place)
     # before torch does, whose own error names nobody
-    wait_for_all(store, launch.rank, launch.world_size, collective_timeout)
-    dist.init_process_group(
-        backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout
-    )
-    board = open_store(-1, *place)  # a connection of its own: one that waits would hold the other
-    start_watch(board, launch.rank, launch.world_size, collective_timeout, by_rank_0)
+    with without_stack_traces():
+        store, board = meet(launch, name, patience)
+    rank, world_size = launch.rank, launch.world_size
+    start_watch(board, rank, world_size, patience, not launch.is_store_of_launcher)
+    try:
+        with doing("start of the process group"):
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+            )
+    except RuntimeError as error:
+        text = report_failure(error) or first_line(error)
+        abandon_process_group()
+        raise RendezvousError(text) from error
 
 
 def abandon_process_group() -> None:

@@ -1,126 +1,271 @@
-"""The rendezvous in the store of the run, and who does not join it: nobody could be asked later."""
+"""The rendezvous in the store of the run, and who does not join it: nobody could be asked later.
+
+Under one address another run may meet, or a program that knows nothing of runs may listen. So the
+host of a store says whose it is, the keys of a run bear its name, and each rank is claimed by one
+process. What hangs in there hangs in torch, whose store waits without limit for a host that is
+stopped or never answers: all of it is done by a thread that nobody waits for longer than allowed.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import json
+import os
 import socket
+import sys
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
-from megadlcm.parallel.watch.heartbeat import Store
+from megadlcm.parallel.environment import LaunchEnvironment
+from megadlcm.parallel.watch.watchdog import first_line
 
 _LONGEST_PAUSE = 1.0
 _SECONDS_OF_HOSTING = 5.0
 """How long the process that holds the store stays, for others to read what it found."""
+_SECONDS_OF_GRACE = 5.0
+"""How much longer than allowed the thread may take: what it finds says more than that it hangs."""
+_BACKLOG = 2048
+"""Connections that wait to be accepted, as many as torch allows."""
+_KEY = "parallel.collective_timeout_seconds"
+_OWN_PORT = "give this run a port of its own (MASTER_PORT)"
+_OWNER = "rendezvous/owner"
 _VERDICT = "rendezvous/verdict"
 
 
-class MissingRanksError(RuntimeError):
-    """Not all processes of the run joined the rendezvous in time."""
+class RendezvousError(RuntimeError):
+    """The processes of the run did not find each other."""
 
 
-def open_store(
-    rank: int,
-    address: str,
-    port: int,
-    attempt: str,
-    is_hosted_by_rank_0: bool,
-    timeout_seconds: float,
-) -> Any:
-    """Connects to the store of the run; rank 0 opens it, if no launcher did.
-
-    Args:
-        rank: index of this process.
-        address: host of the store.
-        port: its port.
-        attempt: name of this start of the run: a launcher that starts it again keeps its store, and
-            what the last processes wrote must not be taken for what these say.
-        is_hosted_by_rank_0: whether the store lives and dies with rank 0, not with a launcher.
-        timeout_seconds: how long to wait for it.
-
-    Returns:
-        A connection of its own, one of torch's stores.
-
-    Raises:
-        MissingRanksError: nobody listens there.
-    """
-    is_master = is_hosted_by_rank_0 and rank == 0
-    if not is_master:
-        # torch's own waiting takes longer than it was told and writes a stack trace
-        _wait_for_listener(address, port, is_hosted_by_rank_0, timeout_seconds)
-    store = dist.TCPStore(  # type: ignore[attr-defined]
-        address,
-        port,
-        is_master=is_master,
-        timeout=timedelta(seconds=timeout_seconds),
-        wait_for_workers=False,
-    )
-    return dist.PrefixStore(f"attempt_{attempt}", store)  # type: ignore[attr-defined]
-
-
-def _wait_for_listener(
-    address: str, port: int, is_hosted_by_rank_0: bool, timeout_seconds: float
-) -> None:
-    deadline = time.monotonic() + timeout_seconds
-    pause = 0.05
-    while True:
-        try:
-            socket.create_connection((address, port), timeout=timeout_seconds).close()
-            return
-        except OSError as error:
-            if time.monotonic() + pause > deadline:
-                host = "rank 0" if is_hosted_by_rank_0 else "the launcher"
-                raise MissingRanksError(
-                    f"{host} did not open the rendezvous at {address}:{port} within "
-                    f"{timeout_seconds:g} s (parallel.collective_timeout_seconds; {error}): "
-                    "see what it says itself"
-                ) from error
-        time.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE)
-
-
-def wait_for_all(store: Store, rank: int, world_size: int, timeout_seconds: float) -> None:
+def meet(launch: LaunchEnvironment, name: str, timeout_seconds: float) -> tuple[Any, Any]:
     """Returns when every process of the run has called this.
 
     Args:
-        store: from `open_store`.
-        rank: index of this process.
-        world_size: processes of the run.
-        timeout_seconds: how long to wait.
+        launch: what the launcher says about this process.
+        name: of the run, the same for all its processes.
+        timeout_seconds: how long to wait for the others.
+
+    Returns:
+        Two connections to the store of the run, which are stores of torch: one that waits for an
+        answer holds up whoever else uses it.
 
     Raises:
-        MissingRanksError: names those that did not join.
+        RendezvousError: one line that names the address, and who does not come or is not wanted.
     """
-    keys = [f"rendezvous/{other}" for other in range(world_size)]
-    deadline = time.monotonic() + timeout_seconds
-    pause = 0.01
+    rendezvous = _Rendezvous(launch, name, timeout_seconds)
+    outcome: Future[tuple[Any, Any]] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(rendezvous.join())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="rendezvous", daemon=True).start()
     try:
-        store.set(keys[rank], "")
+        return outcome.result(timeout_seconds + _SECONDS_OF_GRACE)
+    except TimeoutError:
+        raise RendezvousError(
+            f"{rendezvous.silence} within {timeout_seconds:g} s ({_KEY}): it is stopped, or "
+            f"another program listens there: then {_OWN_PORT}"
+        ) from None
+    except RendezvousError:
+        if launch.rank == 0 and rendezvous.has_guests:
+            time.sleep(_SECONDS_OF_HOSTING)
+        raise
+
+
+class _Rendezvous:
+    """One process that looks for the others.
+
+    Args:
+        launch: what the launcher says about it.
+        name: of the run.
+        timeout_seconds: how long to wait.
+    """
+
+    def __init__(self, launch: LaunchEnvironment, name: str, timeout_seconds: float) -> None:
+        self.launch, self.timeout_seconds = launch, timeout_seconds
+        self.deadline = time.monotonic() + timeout_seconds
+        start = f" ({launch.start})" if launch.start else ""
+        self.run = f"{name} of {launch.world_size} processes{start}"
+        self.me = f"{socket.gethostname()}, pid {os.getpid()}"
+        self.place = f"{launch.master_address}:{launch.master_port}"
+        self.host = "the launcher" if launch.is_store_of_launcher else "rank 0"
+        self.is_host = launch.rank == 0 and not launch.is_store_of_launcher
+        self.has_guests = False
+
+    @property
+    def silence(self) -> str:
+        """Who does not answer this process."""
+        return f"rank {self.launch.rank}: {self.host} at {self.place} did not answer"
+
+    def join(self) -> tuple[Any, Any]:
+        """Finds the store, claims the rank and waits for the others."""
+        try:
+            store = self._connect(is_host=self.is_host)
+            self._claim(store)
+            self.has_guests = self.is_host
+            self._wait_for_all(store)
+            return store, self._connect()
+        except dist.DistError as error:
+            raise RendezvousError(
+                f"rank {self.launch.rank}: {self.host} at {self.place} is gone, or is no store of "
+                f"a run ({first_line(error)}): see what it says itself; where another program "
+                f"listens there, {_OWN_PORT}"
+            ) from error
+
+    def _connect(self, is_host: bool = False) -> Any:
+        """A connection of its own to the store, under the name of the run."""
+        with contextlib.ExitStack() as stack:
+            listener = stack.enter_context(self._listen()) if is_host else None
+            self._wait_for_listener()  # torch's own waiting takes longer, and writes a stack trace
+            store = dist.TCPStore(  # type: ignore[attr-defined]
+                self.launch.master_address,
+                self.launch.master_port,
+                is_master=is_host,
+                timeout=timedelta(seconds=self.timeout_seconds),
+                wait_for_workers=False,
+                master_listen_fd=None if listener is None else listener.detach(),
+            )
+        if is_host:
+            store.set(_OWNER, json.dumps({"run": self.run, "rank_0": self.me}))
+        elif not self.launch.is_store_of_launcher:
+            owner = json.loads(store.get(_OWNER))
+            if owner["run"] != self.run:
+                raise RendezvousError(
+                    f"rank {self.launch.rank} of {self.run} finds another run at {self.place}: "
+                    f"{owner['run']}, rank 0 on {owner['rank_0']}; {_OWN_PORT}"
+                )
+        # a launcher keeps the store when it starts the processes again: what the last ones wrote
+        # must not be taken for what these say
+        prefix = f"{self.run}/attempt {self.launch.attempt}"
+        return dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
+
+    def _listen(self) -> socket.socket:
+        """Opens the port of the run: torch would say in 20 lines that it is taken."""
+        families = [socket.AF_INET]
+        if socket.has_dualstack_ipv6():
+            families.insert(0, socket.AF_INET6)
+        for family in families:
+            try:
+                return socket.create_server(
+                    ("", self.launch.master_port),
+                    family=family,
+                    backlog=_BACKLOG,
+                    dualstack_ipv6=family is socket.AF_INET6,
+                )
+            except OSError as error:
+                failure = error
+                if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                    break
+        why = failure.strerror
+        if failure.errno == errno.EADDRINUSE:
+            why = "the port is taken by another run or program on this host"
+        raise RendezvousError(
+            f"rank 0 of {self.run} cannot open the rendezvous at {self.place}: {why}; {_OWN_PORT}"
+        ) from failure
+
+    def _wait_for_listener(self) -> None:
+        address = (self.launch.master_address, self.launch.master_port)
+        pause = 0.05
+        while True:
+            left = self.deadline - time.monotonic()
+            try:
+                socket.create_connection(address, timeout=max(left, 0.1)).close()
+                return
+            except OSError as error:
+                if pause > left:
+                    raise self._unreachable(error) from error
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _unreachable(self, error: OSError) -> RendezvousError:
+        what, hint = f"{self.host} did not open the rendezvous", "see what it says itself; "
+        if self.is_host:
+            what, hint = "rank 0 does not reach itself", ""
+        return RendezvousError(
+            f"{what} at {self.place} within {self.timeout_seconds:g} s ({_KEY}; {error}): "
+            f"{hint}MASTER_ADDR must be its host"
+        )
+
+    def _claim(self, store: Any) -> None:
+        """Takes the rank; what a process left that is no more is taken over."""
+        key, expected = _key(self.launch.rank), ""
+        while (holder := store.compare_set(key, expected, self.me).decode()) != self.me:
+            if holder == expected or not self._is_over(holder):
+                raise RendezvousError(
+                    f"rank {self.launch.rank} of {self.run} is taken at {self.place} by the "
+                    f"process on {holder}; two processes have the same RANK, or the run was "
+                    f"started twice: end one of them, or {_OWN_PORT}"
+                )
+            expected = holder
+
+    def _is_over(self, holder: str) -> bool:
+        """Whether the process that claimed the rank lived on this host, and lives no more."""
+        host, _, pid = holder.rpartition(", pid ")
+        if host != socket.gethostname():
+            return False
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            pass
+        return False
+
+    def _wait_for_all(self, store: Any) -> None:
+        ranks = range(self.launch.world_size)
+        keys = [_key(rank) for rank in ranks]
+        pause = 0.01
         # polled, not `store.wait`: what that raises at its end names nobody
         while not store.check(keys):
             if store.check([_VERDICT]):
-                raise MissingRanksError(store.get(_VERDICT).decode())
-            if time.monotonic() > deadline:
-                missing = [other for other in range(world_size) if not store.check([keys[other]])]
+                raise RendezvousError(store.get(_VERDICT).decode())
+            if time.monotonic() > self.deadline:
+                missing = [rank for rank in ranks if not store.check([keys[rank]])]
                 if missing:  # else the last one joined between the two questions
-                    _give_up(store, rank, missing, timeout_seconds)
+                    self._give_up(store, missing)
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
-    except dist.DistError as error:
-        raise MissingRanksError(
-            f"the store of the run is gone, and rank 0 with it: {error}"
-        ) from error
+
+    def _give_up(self, store: Any, missing: list[int]) -> None:
+        names = ", ".join(f"rank {rank}" for rank in missing)
+        text = (
+            f"{names} did not join the rendezvous at {self.place} within "
+            f"{self.timeout_seconds:g} s ({_KEY}): see what it says itself"
+        )
+        store.set(_VERDICT, text)  # the others started their clocks later: all are told the same
+        raise RendezvousError(text)
 
 
-def _give_up(store: Store, rank: int, missing: list[int], timeout_seconds: float) -> None:
-    names = ", ".join(f"rank {other}" for other in missing)
-    text = (
-        f"{names} did not join the rendezvous within {timeout_seconds:g} s "
-        "(parallel.collective_timeout_seconds): see what it says itself"
-    )
-    store.set(_VERDICT, text)  # the others started their clocks later: all are told the same
-    if rank == 0:
-        time.sleep(_SECONDS_OF_HOSTING)
-    raise MissingRanksError(text)
+def _key(rank: int) -> str:
+    return f"rendezvous/{rank}"
+
+
+@contextlib.contextmanager
+def without_stack_traces() -> Iterator[None]:
+    """Keeps from standard error what torch writes about each attempt that fails, frames included.
+
+    Nothing else may write there meanwhile; what failed is raised, and said in one line.
+    """
+    try:
+        kept = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    sys.stderr.flush()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

@@ -60,7 +60,7 @@ def check_launch(config: RunConfig) -> None:
     # each of these raises where it cannot be; what they return is computed again later
     replicas = config.parallel.data_parallel_size(launch.world_size)
     config.training.gradient_accumulation_steps(replicas)
-    device = choose_device(launch.local_rank)
+    device = choose_device(launch)
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     try:
         attention_backend(config.model, device, dtype)

@@ -21,7 +21,7 @@ from megadlcm.parallel.environment import launch_environment
 from megadlcm.parallel.mesh import ParallelMesh
 from megadlcm.parallel.partition import build_stage_model, make_partition
 from megadlcm.parallel.process_group import abandon_process_group, join_process_group
-from megadlcm.parallel.rendezvous import MissingRanksError
+from megadlcm.parallel.rendezvous import RendezvousError
 from megadlcm.parallel.watch.activity import doing
 from megadlcm.parallel.watch.watchdog import report_failure
 from megadlcm.run_folder.owner import holding
@@ -57,8 +57,8 @@ def run(config: RunConfig) -> int:
     folder = Path(config.output_dir)
     make_output_folder(folder, "output_dir =")
     try:
-        mesh = join_process_group(config.parallel)
-    except MissingRanksError as error:
+        mesh = join_process_group(config.parallel, config.name)
+    except RendezvousError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     with contextlib.ExitStack() as stack:

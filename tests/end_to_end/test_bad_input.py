@@ -28,6 +28,7 @@ from tests.support.tiny_runs import VOCAB_SIZE
 from tests.support.train_processes import START_SECONDS, start_command
 
 Refused = Callable[..., str]  # function(*words) -> the line that `megadlcm WORDS` says
+TWO = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
 UNDIVIDED = "training.global_batch_size = 4 is not a multiple"
 
 
@@ -35,7 +36,7 @@ UNDIVIDED = "training.global_batch_size = 4 is not a multiple"
 def no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails a test whose run comes as far as the process group."""
 
-    def join(_: object) -> ParallelMesh:
+    def join(*_: object) -> ParallelMesh:
         raise AssertionError("joined a process group")
 
     monkeypatch.setattr(pretrain, "join_process_group", join)
@@ -124,6 +125,21 @@ def test_an_attention_back_end_that_cannot_run_here_is_refused(
         ({"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0"}, [UNDIVIDED, "2 * 3", "change one"]),
         ({"RANK": "0", "WORLD_SIZE": "many", "LOCAL_RANK": "0"}, ["WORLD_SIZE", "torchrun"]),
         ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, ["RANK = 2", "WORLD_SIZE = 2"]),
+        ({"RANK": "0", "WORLD_SIZE": "\u00b2", "LOCAL_RANK": "0"}, ["WORLD_SIZE = '\u00b2'"]),
+        (TWO | {"MASTER_PORT": "abc"}, ["MASTER_PORT = 'abc'", "from 1 to 65535"]),
+        (TWO | {"MASTER_PORT": "70000"}, ["MASTER_PORT = '70000'", "from 1 to 65535"]),
+        (TWO | {"MASTER_ADDR": "a b"}, ["MASTER_ADDR = 'a b'", "the host of rank 0"]),
+        (TWO | {"DS_ACCELERATOR": "gpu"}, ["DS_ACCELERATOR = 'gpu'", "cpu or cuda"]),
+        (
+            {
+                "SLURM_PROCID": "1",
+                "SLURM_STEP_NUM_TASKS": "2",
+                "SLURM_LOCALID": "1",
+                "RANK": "0",
+                "WORLD_SIZE": "1",
+            },
+            ["WORLD_SIZE = 1", "SLURM_STEP_NUM_TASKS = 2", "unset RANK and WORLD_SIZE"],
+        ),
     ],
 )
 def test_a_launcher_that_does_not_fit_the_run_is_refused_before_anyone_waits(

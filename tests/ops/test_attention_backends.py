@@ -168,7 +168,7 @@ def test_a_run_with_a_kernel_that_cannot_run_ends_before_it_starts(
     reason: str,
 ) -> None:
     make_gpu(capability)
-    monkeypatch.setattr(checks, "choose_device", lambda _local_rank: CUDA)
+    monkeypatch.setattr(checks, "choose_device", lambda _launch: CUDA)
     kernel, auto = (
         tiny_run(
             tmp_path,

@@ -208,6 +208,8 @@ class Watchdog:
         def run() -> None:
             with contextlib.suppress(Exception):
                 print(f"error: {text}", file=sys.stderr, flush=True)
+            if not logger.hasHandlers():  # no log yet: it would go to standard error again
+                return
             with contextlib.suppress(Exception):
                 logger.error("%s", text)
                 above = logger.parent.handlers if logger.parent else []
