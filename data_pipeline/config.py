@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 from data_pipeline.errors import InputError
 from data_pipeline.storage.interface import StorageOptions
 
+PathText = Annotated[str, "path"]
+"""Text of a config file in which ~ and $VARIABLES stand for what they stand for in a shell."""
 ON_DAMAGE = ("stop", "skip")
+_MAX_WEIGHT = 1e18
+"""More than the tokens of any corpus; sums of it are still numbers."""
 # Those that must be at least 1; the types were checked when the file was decoded.
 _COUNTS = (
     "seq_len",
@@ -24,7 +29,7 @@ _COUNTS = (
 class SourceConfig:
     """One shard folder and its share of the samples."""
 
-    path: str
+    path: PathText
     """Shard folder written by `megadlcm data prepare`, or its URL (s3://, gs://, http://, ...)."""
 
     weight: float = 1.0
@@ -42,6 +47,11 @@ class SourceConfig:
             raise InputError(
                 f"data source {self.path}: weight = {self.weight}, must be a number > 0; "
                 "leave the source out instead of giving it no weight"
+            )
+        if self.weight > _MAX_WEIGHT:
+            raise InputError(
+                f"data source {self.path}: weight = {self.weight}, must be <= {_MAX_WEIGHT:g}; "
+                "give the weights of all sources in another unit"
             )
 
     @property
@@ -90,13 +100,13 @@ class DataConfig:
     timeout_seconds: float = 600.0
     """Longest that the training loop waits for data before the run ends."""
 
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
     """Folder on a local disk for copies of shards that are read by URL."""
 
     cache_bytes: int = StorageOptions.cache_bytes
     """Most bytes of copies kept there, by all processes of the machine together."""
 
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """Tokenizer file or folder; None means the tokenizer.json kept with the shards."""
 
     def __post_init__(self) -> None:

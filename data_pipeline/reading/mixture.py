@@ -129,3 +129,22 @@ def source_quotas(sources: Sequence[Weighted], split: str) -> tuple[int, ...]:
                 key=f"data.{split}[{number}].weight",
             )
     return tuple(quotas)
+
+
+def rounded_shares(sources: Sequence[Weighted]) -> list[str]:
+    """Says which sources are read at another share than their weight asks for.
+
+    Quotas are whole numbers of at most MAX_PERIOD; a share that this moves by more than one
+    percent of itself is named.
+
+    Returns:
+        A phrase for each such source; empty where weights are met.
+    """
+    quotas = source_quotas(sources, "train")
+    weights = [Fraction(str(source.weight)) for source in sources]
+    phrases = []
+    for source, weight, quota in zip(sources, weights, quotas, strict=True):
+        asked, given = float(weight / sum(weights)), quota / sum(quotas)
+        if abs(given / asked - 1) > 0.01:
+            phrases.append(f"{source.label} {given:.3%} instead of {asked:.3%}")
+    return phrases

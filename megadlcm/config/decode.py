@@ -1,7 +1,6 @@
 """YAML and dotted overrides to RunConfig and back; every error is one line that names its key.
 
-Scalars stay text until the type of their field is known: PyYAML alone would read `3e-4` as text,
-`on` as true and `1:30` as ninety. For the same reason tags, anchors and aliases are refused.
+Scalars stay text until the type of their field is known; see `yaml_text.py`.
 """
 
 from __future__ import annotations
@@ -10,26 +9,24 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Annotated, Any, Literal, TypeVar, Union
 
 import yaml
 
 from data_pipeline.errors import InputError
 from megadlcm.config.model import ModelConfig
 from megadlcm.config.run import RunConfig
+from megadlcm.config.yaml_text import CONTROL, parse_yaml, read_yaml, short
 
 Section = TypeVar("Section")
 _MAX_DIGITS = 18
-_MAX_DEPTH = 20
-_MAX_SHOWN = 200
-# what would break a line, or cannot be in a file name or in UTF-8
-_CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\ud800-\\udfff]")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -49,7 +46,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         InputError: the file is missing or no YAML, or a key or value is not valid.
     """
-    tree = _read_file(Path(path))
+    tree = read_yaml(Path(path))
     # all are parsed before one is applied: which lengths are given decides what is dropped
     values = [_parse_override(override) for override in overrides]
     _drop_replaced_length(tree, dict(values))
@@ -111,81 +108,14 @@ def config_keys() -> list[str]:
     return list(_walk_keys(RunConfig, ""))
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads null, true and false, and everything else as text; refuses a key given twice."""
-
-    # not a ClassVar: PyYAML declares it as a plain attribute
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
-    _depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Reads a node; refuses what could give it another type, or itself as a part."""
-        event = self.peek_event()
-        if event.anchor is not None or getattr(event, "tag", None) is not None:
-            problem = "tags, anchors and aliases are not supported"
-            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
-        if self._depth == _MAX_DEPTH:
-            problem = f"more than {_MAX_DEPTH} levels of nesting"
-            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
-        self._depth += 1
-        node: yaml.Node | None = super().compose_node(parent, index)
-        self._depth -= 1
-        return node
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Builds a mapping after comparing its keys, which PyYAML does not."""
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                problem = f"the key {key!r} is given twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(?:~|null|Null|NULL|)$"), None)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), None
-)
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise InputError(
-            f"config {_short(path)}: {reason}; name a YAML file such as configs/quickstart.yaml"
-        ) from error
-    tree = _parse(text, f"config {_short(path)}")
-    if not isinstance(tree, dict):
-        raise InputError(
-            f"config {_short(path)}: must hold `key: value` lines; see configs/quickstart.yaml"
-        )
-    return tree
-
-
-def _parse(text: str, origin: str, key: str = "") -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    # an escape such as \UFFFFFFFF is a number that PyYAML does not check
-    except (yaml.YAMLError, ValueError, OverflowError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark is not None else ""
-        reason = getattr(error, "problem", None) or getattr(error, "reason", None) or error
-        raise InputError(
-            f"{origin}: YAML that cannot be read{where}: {_short(reason)}; correct it",
-            key=_short(key),
-        ) from error
-
-
 def _parse_override(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise InputError(
-            f"override '{_short(override)}' must be key=value; for example training.train_steps=50",
-            key=_short(key),
+            f"override '{short(override)}' must be key=value; for example training.train_steps=50",
+            key=short(key),
         )
-    return key, _parse(text, f"override {_short(key)}", key)
+    return key, parse_yaml(text, f"override {short(key)}", key)
 
 
 def _apply_override(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -195,9 +125,9 @@ def _apply_override(tree: dict[str, Any], key: str, value: Any) -> None:
             tree[section] = {}
         tree = tree[section]
         if not isinstance(tree, dict):
-            parent = _short(".".join(sections[: depth + 1]))
+            parent = short(".".join(sections[: depth + 1]))
             raise InputError(
-                f"override {_short(key)}: {parent} has no keys below it; override {parent} as a "
+                f"override {short(key)}: {parent} has no keys below it; override {parent} as a "
                 "whole",
                 key=parent,
             )
@@ -208,7 +138,8 @@ def _decode_section(section: type[Section], tree: Any, prefix: str) -> Section:
     if not isinstance(tree, Mapping):
         raise _wrong(prefix, tree, "a section with keys", "write its keys below it, indented")
     fields = {_key(field): field for field in dataclasses.fields(section)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(section)
+    # with extras: a path is text that is marked as one
+    hints = typing.get_type_hints(section, include_extras=True)
     values = {}
     for key, value in tree.items():
         if key not in fields:
@@ -232,6 +163,8 @@ def _decode(hint: Any, value: Any, key: str) -> Any:
         return _decode(hint, value, key)
     if dataclasses.is_dataclass(hint):
         return _decode_section(typing.cast(type[Any], hint), value, key)
+    if typing.get_origin(hint) is Annotated:
+        return _decode_path(value, key)
     if typing.get_origin(hint) is tuple:
         return _decode_list(arguments, value, key)
     if typing.get_origin(hint) is Literal:
@@ -292,9 +225,31 @@ def _number(value: Any) -> Decimal | None:
 def _decode_str(value: Any, key: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise _wrong(key, value, "text", "put it in quotes")
-    if _CONTROL.search(str(value)):
+    if CONTROL.search(str(value)):
         raise _wrong(key, value, "text on one line", "remove its control characters")
     return str(value)
+
+
+def _decode_path(value: Any, key: str) -> str:
+    """Expands a leading ~ and environment variables, as a shell would; not what they expand to."""
+    text = _decode_str(value, key)
+    home = os.path.expanduser(text)
+    if home == text and text.startswith("~"):
+        raise _wrong(key, value, "a path whose ~ names a home folder", "write the whole path")
+    path = _decode_str(os.path.expandvars(home), key)
+    left = _variables(path)
+    # what is not set stays as it was
+    if missing := [name for name in left if name in _variables(home)]:
+        rule = "a path of variables that are set"
+        raise _wrong(key, value, rule, f"export {missing[0]}, or write the whole path")
+    # read again from the saved config it would be another path
+    if left:
+        raise _wrong(key, path, "a path without variables in it", "write the whole path")
+    return path
+
+
+def _variables(path: str) -> list[str]:
+    return [plain or braced for plain, braced in re.findall(r"\$(?:(\w+)|\{([^}]*)\})", path)]
 
 
 _SCALARS: dict[Any, Callable[[Any, str], Any]] = {
@@ -309,18 +264,20 @@ _KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "tex
 def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(str(choice) for choice in typing.get_args(hint))
+    if typing.get_origin(hint) is Annotated:
+        return "a path"
     return _KINDS.get(hint, "a section with keys")
 
 
 def _wrong(key: str, value: Any, rule: str, way_out: str) -> InputError:
     # as JSON: text in quotes shows blanks, and null, true and numbers look as in the file
     shown = json.dumps(value, default=str, ensure_ascii=False)
-    return InputError(f"{key or 'config'} = {_short(shown)}, must be {rule}; {way_out}", key=key)
+    return InputError(f"{key or 'config'} = {short(shown)}, must be {rule}; {way_out}", key=key)
 
 
 def _unknown(key: str, siblings: list[str], prefix: str) -> InputError:
     """Names the nearest key of the same section, or the same name in another section."""
-    leaf, shown = key.rpartition(".")[2], _short(key)
+    leaf, shown = key.rpartition(".")[2], short(key)
     nearest = [_join(prefix, name) for name in difflib.get_close_matches(leaf, siblings, n=1)]
     # the right name in the wrong section is the commonest mistake that spelling cannot find
     same_name = [name for name in config_keys() if name.rpartition(".")[2] == leaf]
@@ -330,14 +287,6 @@ def _unknown(key: str, siblings: list[str], prefix: str) -> InputError:
             return InputError(f"{shown} is not a config key; {way_out}", key=shown)
     way_out = f"{prefix or 'a run'} has {', '.join(siblings)}"
     return InputError(f"{shown} is not a config key; {way_out}", key=shown)
-
-
-def _short(value: Any) -> str:
-    """Shows what a user wrote on one line, without the middle where it is long."""
-    text = str(value)
-    if len(text) > _MAX_SHOWN:
-        text = f"{text[: _MAX_SHOWN // 2]} ... {text[-_MAX_SHOWN // 4 :]}"
-    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def _walk_keys(section: Any, prefix: str) -> Iterator[str]:

@@ -157,6 +157,13 @@ class ModelConfig:
                     "give the dense model a layer",
                     key="model.decoder_layers",
                 )
+        # the search for the best stages grows with their fourth power
+        if self.num_layers > _MAX_LAYERS:
+            raise InputError(
+                f"model.backbone_layers + encoder_layers + decoder_layers = {self.num_layers}, "
+                f"must be <= {_MAX_LAYERS}; give the model fewer layers",
+                key="model.backbone_layers",
+            )
         self._check_segments()
 
     @property
@@ -257,4 +264,5 @@ class ModelConfig:
             )
 
 
+_MAX_LAYERS = 256
 _LAYER_KEYS = ("encoder_layers", "backbone_layers", "decoder_layers")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -263,9 +264,15 @@ class _Search:
         needed = 2 * left - 1 if self.folded else left
         running = self.running
         for i in range(start + 1, stop - needed + 1):
+            front = running[i] - running[start]
+            if front > limit:
+                break
+            # a middle too heavy for the others leads nowhere; rounding must not decide that
+            last = bisect_right(running, running[i] + left * limit * (1 + 1e-9)) - 1
             # from the lightest back chunk to heavier ones: after the first too heavy stage all are
-            for j in range(stop - 1, i + needed - 1, -1) if self.folded else (stop,):
-                flops = running[i] - running[start] + running[stop] - running[j]
+            backs = range(min(last, stop - 1), i + needed - 1, -1)
+            for j in backs if self.folded else (stop,) if stop <= last else ():
+                flops = front + running[stop] - running[j]
                 if flops > limit:
                     break
                 if self.skip is None or not _apart(*self.skip, start, stop, i, j):

@@ -12,6 +12,7 @@ import torch
 
 from data_pipeline.errors import InputError, StorageError
 from data_pipeline.output_folder import make_output_folder, writing
+from data_pipeline.reading.mixture import MAX_PERIOD, rounded_shares
 from data_pipeline.reading.sources import SourceSummary
 from megadlcm.checkpoint.save_and_resume import fresh_state, resume
 from megadlcm.config import RunConfig
@@ -190,5 +191,9 @@ def _announce(trainer: Trainer, epoch_tokens: int) -> None:
     trainer.progress.say(
         f"training data: {epoch_tokens:,} tokens an epoch, {epochs:,.2f} epochs in the whole run"
     )
+    if rounded := rounded_shares(config.data.train):
+        trainer.progress.say(
+            f"data.train weights are met in whole samples of {MAX_PERIOD}: {', '.join(rounded)}"
+        )
     if step >= trainer.train_steps:
         trainer.progress.say("nothing is left to train; raise training.train_steps to go on")

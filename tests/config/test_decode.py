@@ -41,6 +41,20 @@ def test_defaults_yield_to_the_file_and_the_file_to_overrides(run_file: Path) ->
     assert (config.data.seq_len, config.schedule.warmup_steps) == (64, 5)  # overrides
 
 
+def test_a_file_of_too_many_keys_is_refused_before_it_is_read_to_its_end(tmp_path: Path) -> None:
+    """Reading tens of thousands took half a minute: bounded, and each key is looked up once."""
+    for number, problem in ((30_000, "20,000 keys and values"), (9_000, "k0 is not a config key")):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text("".join(f"k{key}: 1\n" for key in range(number)))
+        with pytest.raises(InputError, match=problem):
+            load_config(path)
+    path = tmp_path / "long.yaml"
+    path.write_text("# " + "x" * 5_000_000)
+    for endless in (path, Path("/dev/zero")):
+        with pytest.raises(InputError, match="longer than 4 MiB"):
+            load_config(endless)
+
+
 def test_the_last_of_two_overrides_wins(run_file: Path) -> None:
     assert load_config(run_file, ["seed=1", "seed=2"]).seed == 2
 
@@ -134,7 +148,7 @@ def test_a_wrong_override_is_refused_in_one_line_with_its_key(
         ("[" * 3000, "in line 1: more than 20 levels of nesting"),
         ("%YAML 1." + "9" * 5000 + "\n---\nname: a", "YAML that cannot be read"),
         ("name: a\nname: b", "the key 'name' is given twice"),
-        ("name: a", "output_dir is missing, must be text"),
+        ("name: a", "output_dir is missing, must be a path"),
     ],
 )
 def test_a_wrong_file_is_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:

@@ -26,6 +26,7 @@ from tests.support.tiny_models import tiny_config
         ({"max_segment_tokens": 1}, "must be >= 2, or 0"),
         ({"max_segment_tokens": -4}, "must be >= 2, or 0"),
         ({"rule_threshold": 1.5}, "between 0 and 1"),
+        ({"backbone_layers": 10**9}, "<= 256"),
         ({"boundary_mode": "learned"}, "must be one of learned_global"),
         ({"attention_backend": "triton"}, "must be one of auto"),
         ({"backbone_layers": 0}, r"model\.backbone_layers = 0"),

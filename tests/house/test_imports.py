@@ -75,7 +75,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "deepspeed": ("megadlcm/engine/engine.py",),
     "flash_attn": ("megadlcm/ops/backends/flash_attn.py",),
     "webdataset": (),
-    "yaml": ("megadlcm/config/decode.py",),
+    "yaml": ("megadlcm/config/decode.py", "megadlcm/config/yaml_text.py"),
     "torch.utils.tensorboard": ("megadlcm/training/tensorboard.py",),
     "tensorboard": ("megadlcm/training/tensorboard.py",),
 }

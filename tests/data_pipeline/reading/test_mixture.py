@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 
 from data_pipeline.config import SourceConfig
 from data_pipeline.errors import InputError
-from data_pipeline.reading.mixture import MAX_PERIOD, SPREAD, Mixture, source_quotas
+from data_pipeline.reading.mixture import (
+    MAX_PERIOD,
+    SPREAD,
+    Mixture,
+    rounded_shares,
+    source_quotas,
+)
 from tests.support.tiny_shards import one_line
 
 
@@ -46,6 +52,23 @@ def test_an_uneven_weight_is_rounded_by_less_than_one_sample_a_period() -> None:
     assert sum(quotas) == MAX_PERIOD
     for weight, quota in zip(weights, quotas, strict=True):
         assert abs(quota - weight / sum(weights) * MAX_PERIOD) < 1
+
+
+def test_weights_are_bounded_and_may_be_as_different_as_numbers_are() -> None:
+    """Their sum must be a number, and the light one is named."""
+    with pytest.raises(InputError, match=r"weight = 1e\+308, must be <= 1e\+18") as error:
+        weighted(1e308, 1e308, 1e-300)
+    one_line(error)
+    for light in (1e-300, 5e-324):
+        with pytest.raises(InputError, match=r"data\.train\[2\]\.weight"):
+            source_quotas(weighted(1e18, 1e18, light), "train")
+
+
+def test_a_share_that_rounding_moves_is_said() -> None:
+    rounded = rounded_shares(weighted(1.0, 2e-4, 0.3000001))
+    assert rounded == ["source1 0.024% instead of 0.015%"]
+    for exact in ((0.5, 0.25, 0.15, 0.1), (1 / 3, 2 / 3), (3.14159265, 2.71828183)):
+        assert rounded_shares(weighted(*exact)) == []
 
 
 def test_a_source_too_light_for_any_sample_is_refused() -> None:
