@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from data_pipeline.errors import InputError
+from data_pipeline.masking import masked
 from data_pipeline.storage.interface import StorageOptions
 
 PathText = Annotated[str, "path"]
@@ -56,8 +57,8 @@ class SourceConfig:
 
     @property
     def label(self) -> str:
-        """The name, or the path where no name is given."""
-        return self.name or self.path
+        """The name, or the path where no name is given, without a password."""
+        return self.name or masked(self.path)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from data_pipeline.masking import masked
+
 
 class InputError(ValueError):
     """Says in one line which key has which value, the rule it breaks, and the way out.
@@ -15,7 +17,7 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str, *, key: str = "") -> None:
-        super().__init__(message)
+        super().__init__(masked(message))
         self.key = key
 
 
@@ -32,3 +34,6 @@ class StorageError(RuntimeError):
     Not a statement on the bytes: another process, or the next start, may read them. Never skipped.
     The command line prints `error: <message>` and exits with 1.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(masked(message))

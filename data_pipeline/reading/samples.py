@@ -15,6 +15,7 @@ import numpy as np
 
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.errors import DamagedDataError, InputError
+from data_pipeline.masking import masked
 from data_pipeline.reading.batch import Sample, Skipped
 from data_pipeline.reading.mixture import Mixture, source_quotas
 from data_pipeline.reading.order import SourceOrder, Stretch, WindowPlace
@@ -113,7 +114,7 @@ class SourceReader:
         # A copy: threads write to it meanwhile.
         shards = set(self._busy.copy().values())
         index, storage = self.reader.index, self.reader.storage
-        return [storage.path(index.shards[shard].tar_name) for shard in shards]
+        return [masked(storage.path(index.shards[shard].tar_name)) for shard in shards]
 
     def window(self, turn: int, number: int, with_ids: bool) -> Window:
         """Returns the source's sample `turn` as sample `number` of the run."""

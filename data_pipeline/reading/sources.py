@@ -10,6 +10,7 @@ from pathlib import Path
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import InputError
+from data_pipeline.masking import masked
 from data_pipeline.shard_format.index import Shard, ShardIndex, read_index
 from data_pipeline.shard_format.tar import BLOCK_BYTES, is_header
 from data_pipeline.storage.interface import Storage
@@ -154,7 +155,8 @@ def _damaged_shards(data: DataConfig, part: int, num_parts: int) -> Iterator[Dam
                     ]
                 for shard_number, size, problem in seen[source.path]:
                     advice = f"see `megadlcm data verify {source.path}` and prepare it again"
-                    yield DamagedShard(split, number, shard_number, size, f"{problem}; {advice}")
+                    shown = masked(f"{problem}; {advice}")
+                    yield DamagedShard(split, number, shard_number, size, shown)
 
 
 def shard_problem(storage: Storage, shard: Shard) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from data_pipeline.errors import InputError
+from data_pipeline.masking import MASK, masked
 from data_pipeline.storage.interface import Location, Storage, StorageOptions
 from data_pipeline.storage.local import LocalFolder
 
@@ -10,10 +12,15 @@ def open_storage(location: Location, options: StorageOptions | None = None) -> S
     """Returns the storage of a folder or URL; looks at nothing yet.
 
     Raises:
-        InputError: a URL of a kind that is not known or not installed.
+        InputError: a URL of a kind that is not known or not installed, or one without its password.
     """
     options = options or StorageOptions()
     text = str(location)
+    if MASK in text and masked(text) == text and "://" in text:
+        raise InputError(
+            f"{text}: its password was masked where this was saved; name the URL again, for a run "
+            "as data.train=[{path: URL}], or leave passwords to ~/.netrc or the environment"
+        )
     if "://" in text and not text.startswith("file://"):
         # fsspec takes longer to load than all the rest of reading: not for who reads a path
         from data_pipeline.storage.remote_folder import RemoteFolder

@@ -10,6 +10,7 @@ import fsspec
 from fsspec.core import get_filesystem_class, split_protocol, url_to_fs
 
 from data_pipeline.errors import InputError
+from data_pipeline.masking import masked
 from data_pipeline.storage.cache import ShardCache
 from data_pipeline.storage.interface import StorageOptions, StoredFile
 from data_pipeline.storage.retries import with_retries
@@ -40,7 +41,8 @@ class RemoteFolder:
         self._settings = _web_settings() if self._is_web else {}
         self._cache: ShardCache | None = None
         if options.cache_dir:
-            self._cache = ShardCache(self._url, options.cache_dir, options)
+            # copies stay good under another password
+            self._cache = ShardCache(masked(self._url), options.cache_dir, options)
 
     def __reduce__(self) -> tuple[type[RemoteFolder], tuple[str, StorageOptions]]:
         """Goes to another process as its URL: connections do not travel."""
@@ -186,7 +188,8 @@ def _web_settings() -> dict[str, Any]:
 
     # By itself aiohttp ends every download after five minutes, however well it goes on.
     timeout = ClientTimeout(total=None, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS)
-    return {"client_kwargs": {"timeout": timeout}}
+    # trusted: passwords come from ~/.netrc, and proxies from the environment
+    return {"client_kwargs": {"timeout": timeout, "trust_env": True}}
 
 
 def _size(system: Any, path: str) -> int | None:

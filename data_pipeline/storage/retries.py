@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from data_pipeline.errors import InputError, StorageError
+from data_pipeline.masking import masked
 from data_pipeline.storage.interface import StorageOptions
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def with_retries(
         InputError: permission denied, or raised by `read` itself.
         StorageError: every attempt failed, or raised by `read` itself.
     """
-    wait = options.wait_seconds
+    what, wait = masked(what), options.wait_seconds
     for attempt in range(1, options.attempts + 1):
         try:
             return read()
@@ -53,7 +54,7 @@ def with_retries(
         except PermissionError as error:
             raise InputError(f"{what}: cannot be read (permission denied); change it") from error
         except transient as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = masked(" ".join(str(error).split())) or type(error).__name__
             if attempt == options.attempts:
                 raise StorageError(
                     f"{what}: cannot be read after {attempt} attempts ({reason}); "

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data_pipeline.errors import InputError
+from data_pipeline.masking import masked_values
 from data_pipeline.reading.phases import Phase, first_phase, next_phases
 from megadlcm.config import ModelConfig, MupConfig, RunConfig, config_to_dict
 from megadlcm.engine import masters
@@ -66,7 +67,7 @@ def save_checkpoint(engine: TrainingEngine, config: RunConfig, state: TrainState
         description = {
             # what a resumed run goes on with; the rest is for people and for `check_continuable`
             "train_state": state.to_dict(),
-            "config": config_to_dict(config),
+            "config": masked_values(config_to_dict(config)),
             "layout": {
                 "world_size": engine.mesh.world_size,
                 "zero_stage": engine.zero_stage,
@@ -177,7 +178,9 @@ def check_continuable(
     Raises:
         InputError: model, data order or precision differ; the message lists the keys.
     """
-    saved, now = _defaults() | _flat(description["config"]), _flat(config_to_dict(config))
+    # masked as it was saved: a new password is no change
+    given = masked_values(config_to_dict(config))
+    saved, now = _defaults() | _flat(description["config"]), _flat(given)
     # a key that one side lacks counts as changed: it came with a later version
     changed = sorted(key for key in saved.keys() | now.keys() if saved.get(key) != now.get(key))
     forbidden = [key for key in changed if _is_fixed(key)]

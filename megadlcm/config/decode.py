@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union
 import yaml
 
 from data_pipeline.errors import InputError
+from data_pipeline.masking import masked_values
 from megadlcm.config.model import ModelConfig
 from megadlcm.config.run import RunConfig
 from megadlcm.config.yaml_text import CONTROL, parse_yaml, read_yaml, short
@@ -98,9 +99,11 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 
 def dump_config(config: RunConfig) -> str:
-    """Spells a run as YAML that `load_config` reads back unchanged."""
+    """Spells a run as YAML that `load_config` reads back unchanged, but for passwords in URLs."""
     # in the order of the fields, as people read it
-    return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(
+        masked_values(config_to_dict(config)), sort_keys=False, allow_unicode=True
+    )
 
 
 def config_keys() -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from data_pipeline.errors import InputError, StorageError
+from data_pipeline.masking import masked
 from data_pipeline.output_folder import make_output_folder, writing
 from data_pipeline.reading.mixture import MAX_PERIOD, rounded_shares
 from data_pipeline.reading.sources import SourceSummary
@@ -191,6 +192,14 @@ def _announce(trainer: Trainer, epoch_tokens: int) -> None:
     trainer.progress.say(
         f"training data: {epoch_tokens:,} tokens an epoch, {epochs:,.2f} epochs in the whole run"
     )
+    for split in ("train", "valid"):
+        for number, source in enumerate(config.data.sources(split)):
+            if masked(source.path) != source.path:
+                trainer.progress.say(
+                    f"data.{split}[{number}].path holds a password. It is masked in what is shown "
+                    "and saved; leave it to ~/.netrc, or to variables such as "
+                    "AWS_SECRET_ACCESS_KEY, and name the URL without it"
+                )
     if rounded := rounded_shares(config.data.train):
         trainer.progress.say(
             f"data.train weights are met in whole samples of {MAX_PERIOD}: {', '.join(rounded)}"

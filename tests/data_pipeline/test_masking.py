@@ -1,0 +1,56 @@
+"""What is secret in a URL is found, and nothing else is taken for it."""
+
+from __future__ import annotations
+
+import pytest
+
+from data_pipeline.config import SourceConfig
+from data_pipeline.errors import DamagedDataError, InputError, StorageError
+from data_pipeline.masking import masked, masked_values
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://ada:p%40ss@host:80/a", "http://***@host:80/a"),
+        ("https://token0@host/a", "https://***@host/a"),
+        ("HTTPS://ada:b@c@host/a", "HTTPS://***@host/a"),
+        ("ftp://ada:pass@host/a", "ftp://ada:***@host/a"),
+        ("simplecache::ftp://ada:pass@host", "simplecache::ftp://ada:***@host"),
+        ("see http://a:b@c/d and s3://e:f@g/h", "see http://***@c/d and s3://e:***@g/h"),
+        ("http://h/a?token=x&n=3#t", "http://h/a?token=***&n=3#t"),
+        (
+            "http://h/a?X-Amz-Signature=1f&X-Amz-Date=2",
+            "http://h/a?X-Amz-Signature=***&X-Amz-Date=2",
+        ),
+        ("az://c/a?sig=abc%3D", "az://c/a?sig=***"),
+        ("https://h/a?apiKey=1", "https://h/a?apiKey=***"),
+    ],
+)
+def test_a_secret_is_masked_and_stays_masked(text: str, shown: str) -> None:
+    assert masked(text) == shown == masked(shown)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hdfs://ada@namenode:9000/a",
+        "s3://bucket/a@b/c:d@e",
+        "http://host:8080/a",
+        "http://host/a?n=3",
+        "/a/b@c?token=x",
+        "mail ada:b@c",
+    ],
+)
+def test_what_is_no_secret_stays(text: str) -> None:
+    assert masked(text) == text
+
+
+def test_errors_and_plain_data_are_masked() -> None:
+    url = "http://ada:secret@host/a"
+    for kind in (InputError, DamagedDataError, StorageError):
+        assert str(kind(f"{url}: missing")) == "http://***@host/a: missing"
+    data = {"a": [url, {"b": (url, 1, None, True)}]}
+    shown = "http://***@host/a"
+    assert masked_values(data) == {"a": [shown, {"b": [shown, 1, None, True]}]}
+    assert SourceConfig(url).label == shown and SourceConfig(url, name="en").label == "en"
