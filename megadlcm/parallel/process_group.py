@@ -63,6 +63,8 @@ def _initialize(
         # in memory: needs no port, so that nothing can collide with it
         own = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=own, rank=0, world_size=1)
+        if launch.is_store_of_launcher:  # only for the launcher's end, which leaves an orphan
+            start_watch(own, 0, 1, patience, False)
         return
     if not launch.master_address:
         raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
@@ -177,7 +178,8 @@ def test_nothing_else_would_end_the_others(start: StartRanks) -> None:
     assert ranks[0].poll() is None
 
 
-def test_torchrun_leaves_no_process_behind(corpus: Path, tmp_path: Path) -> None:
+def start_torchrun(corpus: Path, tmp_path: Path) -> tuple[subprocess.Popen[str], list[int], Path]:
+    """Four processes of torchrun in the middle of their steps: launcher, pids by rank, folder."""
     folder = tmp_path / "run"
     file = write_run_file(
         tmp_path / "run.yaml",
@@ -188,7 +190,7 @@ def test_torchrun_leaves_no_process_behind(corpus: Path, tmp_path: Path) -> None
         checkpoint={"interval_steps": 0},
         data={"valid": []},
     )
-    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    command = ["-m", "torch.distributed.run", "--nproc-per-node=4", f"--master-port={free_port()}"]
     launcher = subprocess.Popen(
         [sys.executable, *command, "-m", "megadlcm", "train", str(file)],
         stdout=subprocess.DEVNULL,
@@ -198,16 +200,71 @@ def test_torchrun_leaves_no_process_behind(corpus: Path, tmp_path: Path) -> None
     )
     wait_for_step([launcher], folder)
     children = children_of(launcher.pid)
-    assert len(children) == 2
-    os.kill(children[1], signal.SIGKILL)
+    assert len(children) == 4
+    return launcher, children, folder
+
+
+def test_torchrun_leaves_no_process_behind_and_the_killed_one_is_named_first(
+    corpus: Path, tmp_path: Path
+) -> None:
+    launcher, children, _ = start_torchrun(corpus, tmp_path)
+    os.kill(children[2], signal.SIGKILL)
     _, complaints = launcher.communicate(timeout=TIMEOUT + 2 * GRACE)
     assert launcher.returncode == 1
-    assert f"(SIGKILL) received by PID {children[1]}" in complaints
-    # the launcher asks the other process to end at once, but not before it could say why
-    (line,) = [line for line in complaints.splitlines() if line.startswith("error: ")]
-    assert f"pid {children[0]}) lost its connection in " in line
-    assert f"pid {children[1]}) sends no heartbeat" in line
+    assert f"(SIGKILL) received by PID {children[2]}" in complaints
+    # the launcher asks the others to end at once, but not before they could say whom it lost
+    lines = [line for line in complaints.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 3, complaints
+    for line in lines:
+        assert re.search(r"lost its connection in |was told to end \(SIGTERM\) in ", line), line
+        assert re.findall(r"; rank (\d)", line)[0] == "2", line
+        assert re.search(
+            rf"rank 2 \(\S+, pid {children[2]}\) sends no .*; last seen in step \d+", line
+        )
+        accused = re.findall(r"rank (\d+) \(\S+, pid \d+\) sends", line)
+        assert accused == ["2"], line
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+
+
+def test_workers_of_a_launcher_that_was_killed_end_by_themselves(
+    corpus: Path, tmp_path: Path, adopts_orphans: None
+) -> None:
+    launcher, children, folder = start_torchrun(corpus, tmp_path)
+    launcher.kill()
+    launcher.wait()
+    for rank, pid in enumerate(children):
+        deadline = time.monotonic() + TIMEOUT + GRACE
+        while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0:
+            assert time.monotonic() < deadline, f"rank {rank} goes on"
+            time.sleep(0.1)
+        assert os.waitstatus_to_exitcode(ended[1]) == 1
+        log = (folder / "logs" / f"rank_{rank:04d}.log").read_text()
+        assert "the launcher is gone" in log
+    assert launcher.stderr is not None
+    launcher.stderr.close()
+
+
+@pytest.fixture
+def adopts_orphans() -> Iterator[None]:
+    """This process inherits those whose parents end, and so knows how they end."""
+    set_child_subreaper = 36
+    library = ctypes.CDLL(None, use_errno=True)
+    assert library.prctl(set_child_subreaper, 1, 0, 0, 0) == 0
+    yield
+    library.prctl(set_child_subreaper, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_cannot_open_its_log_is_named_by_the_others(
+    victim: int, start: StartRanks, tmp_path: Path
+) -> None:
+    """Before the first step, where nothing but the rendezvous has happened."""
+    (tmp_path / "run" / "logs" / f"rank_{victim:04d}.log").mkdir(parents=True)
+    ranks, _ = start(2)
+    (line,) = errors_of(ranks, victim)
+    assert f"rank {victim} (" in line and "failed: " in line and "rank_000" in line, line
+    _, complaints = ranks[victim].communicate(timeout=GRACE)
+    assert ranks[victim].returncode == 2 and complaints.count("error: ") == 1
 
 
 def children_of(pid: int) -> list[int]:

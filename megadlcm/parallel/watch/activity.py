@@ -6,8 +6,6 @@ talks to other processes. Names are those of the field, such as `data parallel a
 
 from __future__ import annotations
 
-import signal
-import threading
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -50,9 +48,7 @@ class Activity:
         # would find that it has lasted too long
         self.since = self.clock.now()
         self.broke_in: str | None = None
-        """The collective whose error reached the main thread first."""
-        self.is_watched = False
-        """Whether the process says by itself why a collective broke."""
+        """The collective that raised first."""
 
     @property
     def phase(self) -> Phase:
@@ -69,17 +65,12 @@ class Activity:
         self.places += 1
 
     def breaks_in(self, what: str) -> None:
-        """Notes that a collective raised, and lets the process say why before it ends.
+        """Notes that a collective raised; whoever is told to end now says why first.
 
-        A launcher that lost a process asks the others to end within a tenth of a second, while this
-        one still closes its files; it is about to end by itself.
+        From any thread: a backward pass on GPUs has threads of its own.
         """
-        if self.broke_in is not None:
-            return  # what is raised on the way out follows from the first
-        self.broke_in = what
-        # handlers can be set by the main thread only
-        if self.is_watched and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if self.broke_in is None:  # what is raised on the way out follows from the first
+            self.broke_in = what
 
 
 THIS_PROCESS = Activity()

@@ -19,6 +19,8 @@ class Findings:
     """Whether one of them failed or sends no heartbeat."""
     silent: tuple[int, ...] = ()
     """Ranks that send none."""
+    terminated: tuple[int, ...] = ()
+    """Ranks that were told to end, where nobody failed and nobody is silent."""
 
 
 def find_missing(
@@ -28,7 +30,7 @@ def find_missing(
     phase: Phase,
     seconds: float,
 ) -> Findings:
-    """Finds who failed, else who is silent, else who is somewhere else.
+    """Finds who failed, else who is silent, else who was told to end, else who is elsewhere.
 
     Args:
         before: heartbeats by rank at the first look.
@@ -49,6 +51,11 @@ def find_missing(
     if silent:
         text = "; ".join(_say_silent(after.get(rank), rank, seconds) for rank in silent)
         return Findings(text, True, tuple(silent))
+    # a launcher tells those to end that it still has: after the one that it lost, not before
+    told = [after[rank] for rank in others if after[rank].terminated]
+    if told:
+        text = "; ".join(f"{one.who} was told to end (SIGTERM) in {one.doing}" for one in told)
+        return Findings(text, True, terminated=tuple(one.rank for one in told))
     # all are alive: then the ones that matter are those that wait for something else
     here = (phase.place, phase.waits_for)
     elsewhere = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterable
@@ -12,6 +11,9 @@ from typing import Protocol, TypeVar
 _Answer = TypeVar("_Answer")
 
 _FAILED = "heartbeat/failed"
+_NUM_LEFT = "heartbeat/left"
+_LOST_AFTER = 3
+"""Questions in a row that the store's connection refuses, after which its host is gone."""
 
 
 class Store(Protocol):
@@ -25,6 +27,10 @@ class Store(Protocol):
 
     def check(self, keys: list[str]) -> bool:
         """Whether all keys exist."""
+        ...
+
+    def add(self, key: str, amount: int) -> int:
+        """Adds to a number that begins at 0; the sum."""
         ...
 
 
@@ -42,6 +48,8 @@ class Heartbeat:
     failure: str | None
     left: bool
     """Whether it ended in order, or because of another process."""
+    terminated: bool = False
+    """Whether it left because it was told to (SIGTERM)."""
 
     @property
     def is_ending(self) -> bool:
@@ -71,11 +79,17 @@ class Board:
     def __init__(self, store: Store, world_size: int, patience: float) -> None:
         self.store, self.world_size, self.patience = store, world_size, patience
         self._unanswered: threading.Thread | None = None
+        self._refused = 0
 
     @property
     def is_silent(self) -> bool:
         """Whether the store has not answered the last question until now."""
         return self._unanswered is not None and self._unanswered.is_alive()
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether its host has closed the connection, which nothing opens again."""
+        return self._refused >= _LOST_AFTER
 
     def show(self, heartbeat: Heartbeat) -> None:
         """Writes the last heartbeat of a process."""
@@ -85,6 +99,14 @@ class Board:
     def show_failure(self, rank: int) -> None:
         """Writes that there is a failure, which others can see without reading all heartbeats."""
         self._ask(lambda: self.store.set(_FAILED, str(rank)))
+
+    def show_leaving(self) -> None:
+        """Counts this process among those that leave; once."""
+        self._ask(lambda: self.store.add(_NUM_LEFT, 1))
+
+    def all_leave(self) -> bool:
+        """Whether every process does, this one included; one question for any number of them."""
+        return (self._ask(lambda: self.store.add(_NUM_LEFT, 0)) or 0) >= self.world_size
 
     def has_failure(self) -> bool:
         """Whether some process showed one."""
@@ -115,10 +137,13 @@ class Board:
         if self.is_silent:  # asking again would leave one hanging thread at every heartbeat
             return None
         answers: list[_Answer] = []
+        errors: list[Exception] = []
 
         def run() -> None:
-            with contextlib.suppress(Exception):  # the host is gone: no answer either
+            try:
                 answers.append(ask())
+            except Exception as error:  # the host is gone: no answer either
+                errors.append(error)
 
         thread = threading.Thread(target=run, name="heartbeat board", daemon=True)
         try:
@@ -128,6 +153,7 @@ class Board:
         thread.join(timeout=self.patience)
         # a late answer is dropped, but ends the silence
         self._unanswered = thread if thread.is_alive() else None
+        self._refused = self._refused + 1 if errors else 0
         return answers[0] if answers else None
 
 

@@ -16,6 +16,10 @@ names its step and not the collective.
 
 The thread only reads its own process until then, and the main thread never talks to the store, so
 this costs nothing in a step. It also works where the main thread hangs inside of a library.
+
+A launcher that lost a process tells the others to end within a tenth of a second (SIGTERM). They
+say so on the board, so that they are not missed, and end once they have said whom it lost. Where
+the launcher itself is gone nobody would end them: they notice and do it.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -32,15 +37,19 @@ from typing import Any
 from megadlcm.parallel.watch.activity import THIS_PROCESS, Activity, Phase
 from megadlcm.parallel.watch.diagnosis import Findings, find_missing
 from megadlcm.parallel.watch.heartbeat import Board, Heartbeat, Store
+from megadlcm.parallel.watch.sigterm import SigtermListener
 
 logger = logging.getLogger(__name__)
 
 _LONGEST_INTERVAL = 5.0
 _BEATS_OF_SILENCE = 3
 """Heartbeats without a change after which a process counts as silent."""
+_TICK_SECONDS = 1.0
+"""How soon a new place in the run is shown, so that of who dies it is known where it was."""
 _BEATS_OF_HOSTING = 12
 """Heartbeats for which a process that holds the board waits for the others to read it."""
 EXIT_CODE = 1
+EXIT_CODE_OF_SIGTERM = 128 + signal.SIGTERM
 
 
 class Watchdog:
@@ -72,7 +81,11 @@ class Watchdog:
         self.interval = min(_LONGEST_INTERVAL, timeout_seconds / 5)
         self.host, self.pid = socket.gethostname(), os.getpid()
         self.board = Board(store, world_size, patience=_BEATS_OF_SILENCE * self.interval)
-        self._count, self._left = 0, False
+        self._count, self._left, self._terminated = 0, False, False
+        self._shown_place = ""
+        # torchrun starts its workers itself: who has another parent now has lost it
+        self._parent = os.getppid()
+        self._sigterm = SigtermListener(self.leave_on_request)
         self._failure: str | None = None
         self._host_heartbeat: Heartbeat | None = None
         self._looked = float("-inf")
@@ -88,7 +101,7 @@ class Watchdog:
     def start(self) -> None:
         """Starts heartbeat and watch."""
         self.send_heartbeat()
-        self.activity.is_watched = True
+        self._sigterm.start()
         self._thread.start()
 
     def stop(self) -> None:
@@ -96,23 +109,25 @@ class Watchdog:
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join(timeout=2 * self.interval)
-        self.activity.is_watched = False
+        self._sigterm.stop()
         self._leave()
 
     def send_heartbeat(self) -> None:
         """Shows the others that this process lives, and what it does."""
         with self._lock:
             self._count += 1
+            self._shown_place = self.activity.place
             self.board.show(
                 Heartbeat(
                     self.rank,
                     self.host,
                     self.pid,
                     self._count,
-                    self.activity.place,
+                    self._shown_place,
                     self.activity.waits_for,
                     self._failure,
                     self._left,
+                    self._terminated,
                 )
             )
 
@@ -152,6 +167,8 @@ class Watchdog:
         # a failure that is on the board explains everything, and those who failed end soon
         if before is not None and not any(one.failure for one in before.values()):
             for _ in range(_BEATS_OF_SILENCE):
+                if self.board.all_leave():  # nobody is missing, and nobody will say more
+                    break
                 self.clock.sleep(self.interval)
                 self.send_heartbeat()  # others may be looking for who is silent
         after = self.board.read()
@@ -164,6 +181,11 @@ class Watchdog:
         """What the thread does at every heartbeat: shows itself, and watches its own waiting."""
         self.send_heartbeat()
         phase, now = self.activity.phase, self.clock.now()
+        if self._launcher_is_gone():
+            self._say(f"{phase.place}: {self.who} ends: the launcher is gone")
+            self.end(EXIT_CODE)
+        if self.world_size == 1:
+            return  # there is nobody to wait for
         if self._host_heartbeat is None:
             # for the day on which its host is gone and the board with it
             self._host_heartbeat = (self.board.read([0]) or {}).get(0)
@@ -171,14 +193,41 @@ class Watchdog:
             return
         # a look that found nobody missing is not repeated before another timeout
         is_over = now - max(phase.since, self._looked) > self.timeout_seconds
-        if is_over or (not phase.computes and self.board.has_failure()):
+        if is_over or (not phase.computes and (self.board.has_failure() or self.board.is_gone)):
             self._consider_the_end(phase)
+
+    def leave_on_request(self) -> None:
+        """Answers a SIGTERM, in a thread of its own: ends, after saying who is lost, if anybody."""
+        if self.activity.broke_in is not None or self._failure is not None:
+            return  # the main thread is about to say why, and to end
+        phase = self.activity.phase
+        self._terminated = True
+        self._leave()
+        found = self.look_around()
+        if self.activity.broke_in is not None or self._failure is not None:
+            return  # it has come to that while we looked
+        lost = "" if found.terminated or not found.is_certain else f"; {found.text}"
+        self._say(
+            f"{phase.place}: {self.who} was told to end (SIGTERM) in "
+            f"{phase.waits_for or 'computing'}{lost}"
+        )
+        self.end(EXIT_CODE_OF_SIGTERM)
 
     # -- the thread -------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while not self.clock.wait(self._stopped, self.interval):
-            self.beat()
+        tick, shown = min(_TICK_SECONDS, self.interval), self.clock.now()
+        while not self.clock.wait(self._stopped, tick):
+            if self.clock.now() - shown >= self.interval:
+                shown = self.clock.now()
+                self.beat()
+            elif self.activity.place != self._shown_place:
+                self.send_heartbeat()
+
+    def _launcher_is_gone(self) -> bool:
+        if self.is_hosted_by_rank_0:
+            return False
+        return self.board.is_gone or os.getppid() != self._parent
 
     def _consider_the_end(self, phase: Phase) -> None:
         """Ends the process, unless the others are alive and may take longer, or came after all."""
@@ -222,8 +271,10 @@ class Watchdog:
         thread.join(timeout=_BEATS_OF_SILENCE * self.interval)
 
     def _leave(self) -> None:
-        self._left = True
+        first, self._left = not self._left, True
         self.send_heartbeat()
+        if first:
+            self.board.show_leaving()
 
     def _linger(self, silent: tuple[int, ...] = ()) -> None:
         """Keeps the board for the others until they are leaving too, if it is in this process."""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-
 import pytest
 
 from data_pipeline.errors import StorageError
@@ -20,14 +17,6 @@ def clock() -> FakeClock:
 @pytest.fixture
 def activity(clock: FakeClock) -> Activity:
     return Activity(clock)
-
-
-@pytest.fixture(autouse=True)
-def keep_handler() -> Iterator[None]:
-    """Puts back how this process answers a request to end."""
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
 
 
 def test_phases_nest_and_need_no_watch(clock: FakeClock, activity: Activity) -> None:
@@ -60,14 +49,6 @@ def test_the_first_collective_that_broke_is_kept(activity: Activity) -> None:
         with doing("inner", activity=activity):
             raise RuntimeError("connection closed")
     assert activity.broke_in == "inner"
-
-
-@pytest.mark.parametrize("watched", [False, True])
-def test_only_who_says_why_outlives_its_launcher(activity: Activity, watched: bool) -> None:
-    activity.is_watched = watched
-    with pytest.raises(RuntimeError), doing("barrier", activity=activity):
-        raise RuntimeError("connection closed")
-    assert (signal.getsignal(signal.SIGTERM) == signal.SIG_IGN) is watched
 
 
 def test_the_process_has_one_activity(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,152 @@
+"""Processes that are told to end, and those whose launcher is gone."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+
+from megadlcm.parallel.watch.activity import doing
+from megadlcm.parallel.watch.watchdog import EXIT_CODE, EXIT_CODE_OF_SIGTERM, Watchdog
+from tests.parallel.watch.test_watchdog import INTERVAL, TIMEOUT, Ended, Run, said
+
+
+@pytest.fixture
+def run() -> Run:
+    return Run()
+
+
+def told_to_end(watchdog: Watchdog) -> None:
+    with pytest.raises(Ended, match=f"^{EXIT_CODE_OF_SIGTERM}$"):
+        watchdog.leave_on_request()
+
+
+def test_who_is_told_to_end_names_the_one_that_the_launcher_lost(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ranks 0 and 1 are told within a moment of each other; rank 2 was killed in step 7."""
+    first, second, killed = run.watchdogs
+    for watchdog in run.watchdogs:
+        watchdog.send_heartbeat()
+    run.clock.others = [lambda: told_to_end(first) if not run.shown(0).left else None]
+    with doing("data parallel all-reduce", activity=run.activities[1]):
+        told_to_end(second)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert "was told to end (SIGTERM)" in line
+        accused = line.partition("; ")[2]
+        assert accused.startswith("rank 2 (") and "last seen in step 7, computing" in accused
+        assert "rank 0 (" not in accused and "rank 1 (" not in accused
+    # the next one to look accuses nobody else either
+    assert run.watchdogs[0].look_around().silent == (2,)
+    assert killed.rank == 2
+
+
+def test_when_all_are_told_to_end_nobody_waits_and_nobody_is_accused(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A job that is cancelled."""
+    for watchdog in run.watchdogs:
+        watchdog.send_heartbeat()
+    mine, *others = run.watchdogs
+    for other in others:
+        other._terminated = True
+        other._leave()
+    began = run.clock.now()
+    told_to_end(mine)
+    assert run.clock.now() == began
+    line = said(capsys)
+    assert line.startswith("error: step 7: rank 0 (") and "(SIGTERM) in computing" in line
+    assert "rank 1" not in line and "rank 2" not in line
+
+
+def test_one_that_alone_was_told_to_end_is_named_by_the_others(run: Run) -> None:
+    run.lives(0, 2)
+    run.activities[1].arrive("step 8")
+    told_to_end(run.watchdogs[1])
+    text = run.breaks_in(run.watchdogs[0], "data parallel all-reduce")
+    assert "; rank 1 (" in text and "was told to end (SIGTERM) in step 8, computing" in text
+
+
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_who_is_about_to_say_why_a_collective_broke_is_not_ended(
+    run: Run, when: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may have broken in a thread of its own, as backward passes on GPUs have."""
+    mine, activity = run.watchdogs[1], run.activities[1]
+    mine.send_heartbeat()
+
+    def break_elsewhere() -> None:
+        thread = threading.Thread(target=activity.breaks_in, args=("backward pass",))
+        thread.start()
+        thread.join()
+
+    if when == "before":
+        break_elsewhere()
+    else:
+        run.clock.others = [break_elsewhere]
+    mine.leave_on_request()
+    assert capsys.readouterr().err == ""
+    # the control: without it, the process ends
+    activity.broke_in = None
+    run.clock.others = []
+    told_to_end(mine)
+
+
+def test_a_launcher_that_is_gone_is_an_event_whatever_the_process_does(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its workers would train on as orphans: they have another parent, or lose its store."""
+
+    class Closed:
+        def set(self, key: str, value: str) -> None:
+            raise ConnectionError
+
+        def get(self, key: str) -> bytes:
+            raise ConnectionError
+
+        def check(self, keys: list[str]) -> bool:
+            raise ConnectionError
+
+        def add(self, key: str, amount: int) -> int:
+            raise ConnectionError
+
+    def worker(store: object, hosted: bool) -> Watchdog:
+        def end(code: int) -> None:
+            raise Ended(code)
+
+        return Watchdog(store, 1, 3, TIMEOUT, hosted, run.activities[1], end)
+
+    run.lives(0, 2)
+    of_launcher, of_rank_0 = worker(run.store, False), worker(run.store, True)
+    for watchdog in (of_launcher, of_rank_0):
+        run.watch(watchdog, 4 * TIMEOUT)  # as long as all is well
+    lost_store = worker(Closed(), False)
+    with pytest.raises(Ended, match=f"^{EXIT_CODE}$"):
+        run.watch(lost_store, 3 * INTERVAL)
+    line = said(capsys)
+    assert line.startswith("error: step 7: rank 1 (") and "the launcher is gone" in line
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    with pytest.raises(Ended, match=f"^{EXIT_CODE}$"):
+        run.watch(of_launcher, 2 * INTERVAL)
+    assert "the launcher is gone" in said(capsys)
+    # a process that nobody watches over may outlive the shell that started it
+    run.watch(of_rank_0, 4 * TIMEOUT)
+
+
+def test_a_store_that_went_with_rank_0_ends_a_wait_before_its_timeout(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = run.watchdog(1, 100 * TIMEOUT)
+    run.watchdogs[0].send_heartbeat()
+    mine.beat()
+
+    def closed(*_: object) -> None:
+        raise ConnectionError
+
+    mine.board.store = type("Gone", (), dict.fromkeys(("set", "get", "check", "add"), closed))()
+    run.watch(mine, 50 * INTERVAL)  # computing: whoever ended in order may be gone
+    assert run.waits_for_ever(mine) < 10 * mine.interval
+    assert "rank 0 (" in (line := said(capsys)) and "is gone" in line
