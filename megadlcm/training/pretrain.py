@@ -62,7 +62,7 @@ def run(config: RunConfig) -> int:
     try:
         mesh = join_process_group(config.parallel, config.name)
     except RendezvousError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1
     with contextlib.ExitStack() as stack:
         try:
