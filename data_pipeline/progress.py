@@ -8,6 +8,8 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from data_pipeline.tables import printable
+
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
@@ -16,7 +18,7 @@ LINE_SECONDS = 10.0
 
 def say(line: str) -> None:
     """Prints a line where progress is shown, before work that cannot tell how far it has come."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 class LineLimit:
@@ -53,7 +55,7 @@ class Bar:
 
     def say(self, line: str) -> None:
         """Prints a line above the bar, as it is: brackets are no markup."""
-        self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._bar.console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         self._bar.stop()

@@ -49,7 +49,7 @@ def render_table(
 
 
 def printable(text: str, kept: str = "") -> str:
-    """Returns a text whose characters a terminal shows and does not obey.
+    """Returns a text in which what a terminal would obey is spelt out as Python does.
 
     Args:
         text: from anywhere.
@@ -58,6 +58,8 @@ def printable(text: str, kept: str = "") -> str:
     if text.isascii() and text.isprintable():
         return text
     return "".join(
-        "\ufffd" if unicodedata.category(each) in _UNSEEN and each not in kept else each
+        each.encode("unicode_escape").decode("ascii")
+        if unicodedata.category(each) in _UNSEEN and each not in kept
+        else each
         for each in text
     )

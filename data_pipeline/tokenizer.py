@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -17,6 +18,21 @@ from data_pipeline.errors import InputError
 EOS_NAMES = ("<|endoftext|>", "</s>", "<|eos|>")
 TOKENIZER_FILE = "tokenizer.json"
 SMALLEST_VOCAB = 257  # 256 bytes and the end-of-text token
+LONG_WORD = 1000
+"""Most characters of a word that a tokenizer is trained on; base64 and DNA have longer ones."""
+_LONG_SPACE = re.compile(rf"\s{{{LONG_WORD + 1}}}")
+# runs of what byte-level tokenizers take for one word: letters, digits, signs, spaces
+_LONG_RUN = re.compile(
+    "|".join(
+        f"{before}{one}{{{LONG_WORD + 1},}}"
+        for before, one in (
+            (r"(?<![^\W\d_])", r"[^\W\d_]"),
+            (r"(?<!\d)", r"\d"),
+            (r"(?<![^\w\s])(?<!_)", r"(?:[^\w\s]|_)"),
+            (r"(?<!\s)", r"\s"),
+        )
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +54,9 @@ class Tokenizer:
     eos_id: int
     """Token that opens every document and closes its labels."""
 
+    dropout: float
+    """Share of merges that its file asks to leave out at random; it is 0 in use."""
+
     backend: tokenizers.Tokenizer = field(repr=False, compare=False)
     """The library's object."""
 
@@ -55,6 +74,12 @@ class Tokenizer:
         """Returns the text of the tokens; special tokens are shown by their name."""
         text: str = self.backend.decode([int(token) for token in ids], skip_special_tokens=False)
         return text
+
+    def decode_batch(self, batch: Sequence[np.ndarray]) -> list[str]:
+        """Returns `decode` of each, computed by all cores."""
+        ids = [tokens.tolist() for tokens in batch]
+        texts: list[str] = self.backend.decode_batch(ids, skip_special_tokens=False)
+        return texts
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -134,7 +159,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     first = next(texts, None)
     if first is None:
         raise InputError("--input: no documents to train on; check the pattern", key="--input")
-    backend.train_from_iterator(chain([first], texts), trainer)
+    cut = chain.from_iterable(map(_cut_long_words, chain([first], texts)))
+    backend.train_from_iterator(cut, trainer)
     contents: bytes = backend.to_str(pretty=True).encode("utf-8")
     return contents
 
@@ -169,6 +195,16 @@ def _end_of_text(backend: tokenizers.Tokenizer, path: Path) -> tuple[str, int]:
 def _wrap(backend: tokenizers.Tokenizer, path: Path, contents: bytes) -> Tokenizer:
     """Makes the library's object read texts literally and checks that it does."""
     eos, eos_id = _end_of_text(backend, path)
+    shared = [name for name, token in backend.get_vocab().items() if token == eos_id]
+    if len(shared) > 1:
+        raise InputError(
+            f"tokenizer {path}: token {eos_id} is the end of text and {_other(shared, eos)!r} as "
+            "well, so that ordinary text would open documents; give each an id of its own"
+        )
+    dropout = getattr(backend.model, "dropout", None) or 0.0
+    if dropout:
+        # The same text is to have the same tokens, at any time and in any process.
+        backend.model.dropout = None
     # A file may ask for a length to cut texts at, which would drop tokens mutely.
     backend.no_truncation()
     backend.no_padding()
@@ -188,8 +224,27 @@ def _wrap(backend: tokenizers.Tokenizer, path: Path, contents: bytes) -> Tokeniz
         # Ids may have holes: the largest bounds an embedding, their number does not.
         vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
         eos_id=eos_id,
+        dropout=dropout,
         backend=backend,
     )
+
+
+def _other(names: Sequence[str], name: str) -> str:
+    return next(each for each in names if each != name)
+
+
+def _cut_long_words(text: str) -> Iterator[str]:
+    """Yields a text in pieces that hold no word longer than LONG_WORD; most texts are one piece."""
+    # The trainer takes time by the square of a word's length. Splitting at spaces is a quick look.
+    if max(map(len, text.split()), default=0) <= LONG_WORD and not _LONG_SPACE.search(text):
+        yield text
+        return
+    start = 0
+    for found in _LONG_RUN.finditer(text):
+        for end in range(found.start() + LONG_WORD, found.end(), LONG_WORD):
+            yield text[start:end]
+            start = end
+    yield text[start:]
 
 
 def _one_line(error: BaseException) -> str:

@@ -12,6 +12,7 @@ from data_pipeline.commands.arguments import add_command, integer
 from data_pipeline.commands.inspection import add_folder_parsers
 from data_pipeline.errors import InputError
 from data_pipeline.options import PART_BYTES, SHARD_TOKENS
+from data_pipeline.tables import printable
 
 DATA_EXAMPLE = """\
 example:
@@ -27,10 +28,10 @@ example:
   megadlcm data prepare --input 'corpus/*.parquet' --tokenizer tokenizer.json \\
       --output shards/mix --workers 16 --task $SLURM_ARRAY_TASK_ID --num-tasks 100
 
-inputs: .txt (one file, one document); .jsonl (one object a line with a `text` and, if known, id,
-domain and source), both also as .gz and .zst; .parquet (such columns); a directory (every text file
-below it). A prepare that was stopped or killed goes on when it is called again in the same way; so
-does a task of an array, and whichever task is last finishes the folder."""
+inputs: .txt (one file, one document); .jsonl, .json, .ndjson (one object a line with a `text` and,
+if known, id, domain and source), also as .gz and .zst; .parquet (such columns); a directory (every
+text file below it). A prepare that was stopped or killed goes on when it is called again in the
+same way; so does a task of an array, and whichever task is last finishes the folder."""
 
 TOKENIZER_EXAMPLE = """\
 example:
@@ -109,6 +110,11 @@ def _add_prepare(commands: Any) -> None:
             help=f"leave out documents of {what} tokens",
         )
     prepare.add_argument(
+        "--allow-altered",
+        action="store_true",
+        help="keep and count documents that do not come back from their tokens",
+    )
+    prepare.add_argument(
         "--deduplicate", action="store_true", help="keep the first of documents with equal texts"
     )
     _add_sharing(prepare)
@@ -179,7 +185,7 @@ def run_tokenizer(arguments: argparse.Namespace) -> int:
     trained = decode_tokenizer(contents, output)
     if left_out:
         print(f"left out: {describe_left_out(left_out)}")
-    print(f"{output}: {trained.vocab_size:,} entries, eos {trained.eos_id}")
+    print(f"{printable(str(output))}: {trained.vocab_size:,} entries, eos {trained.eos_id}")
     # A small corpus runs out of pairs; the model is to be made for what there is.
     if trained.vocab_size < arguments.vocab_size:
         print(f"the text gave no more than that; --vocab-size was {arguments.vocab_size:,}")
@@ -208,7 +214,7 @@ def _check_tokenizer_file(output: Path, overwrite: bool) -> None:
 
 def run_prepare(arguments: argparse.Namespace) -> int:
     """Writes a shard folder, or a task's share of it, and prints what is in it by domain."""
-    from data_pipeline.inspection.describe import domain_table
+    from data_pipeline.inspection.describe import describe_altered, domain_table
     from data_pipeline.prepare.documents import describe_left_out
     from data_pipeline.prepare.write_shards import PrepareOptions, prepare
 
@@ -223,6 +229,7 @@ def run_prepare(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
         min_tokens=arguments.min_tokens,
         max_tokens=arguments.max_tokens,
+        allow_altered=arguments.allow_altered,
         deduplicate=arguments.deduplicate,
         part_bytes=arguments.part_bytes,
         task=arguments.task,
@@ -233,12 +240,15 @@ def run_prepare(arguments: argparse.Namespace) -> int:
         print(domain_table(prepared.index.domains))
     if prepared.left_out:
         print(f"left out: {describe_left_out(prepared.left_out)}")
+    if prepared.altered:
+        print(f"altered by the tokenizer: {describe_altered(prepared.altered)}")
+    output = printable(str(options.output))
     if prepared.index is not None:
         # A late task of an array ends with 0: to find all done is no failure.
         earlier = ", already finished" if prepared.was_finished else ""
-        print(f"{options.output}: {len(prepared.index.shards):,} shards{earlier}")
+        print(f"{output}: {len(prepared.index.shards):,} shards{earlier}")
     else:
-        print(f"{options.output}: {prepared.whats_missing}")
+        print(f"{output}: {prepared.whats_missing}")
     return 0
 
 

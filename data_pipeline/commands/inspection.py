@@ -7,13 +7,14 @@ from typing import Any
 
 from data_pipeline.commands.arguments import add_command, integer
 from data_pipeline.errors import InputError, StorageError
+from data_pipeline.tables import printable
 
 INSPECT_EXAMPLE = """\
 example:
   megadlcm data inspect shards/mix
   megadlcm data inspect s3://bucket/shards --urls    # what stock webdataset reads
 
-Reads index.json and shards.npy, nothing else."""
+Reads index.json, shards.npy and prepared.json, nothing else."""
 
 VERIFY_EXAMPLE = """\
 example:
@@ -59,7 +60,12 @@ def add_location(parser: argparse.ArgumentParser) -> None:
 
 def run_inspect(arguments: argparse.Namespace) -> int:
     """Prints shards, tokenizer and domains of a shard folder."""
-    from data_pipeline.inspection.describe import describe, shard_table, shard_urls
+    from data_pipeline.inspection.describe import (
+        describe,
+        read_altered,
+        shard_table,
+        shard_urls,
+    )
     from data_pipeline.shard_format.index import read_index
     from data_pipeline.storage.open import open_storage
 
@@ -69,7 +75,7 @@ def run_inspect(arguments: argparse.Namespace) -> int:
         for url in shard_urls(index, storage):
             print(url)
     else:
-        print(shard_table(index) if arguments.shards else describe(index))
+        print(shard_table(index) if arguments.shards else describe(index, read_altered(storage)))
     return 0
 
 
@@ -80,6 +86,7 @@ def run_verify(arguments: argparse.Namespace) -> int:
         InputError: there is one.
         StorageError: there are none, as far as the storage gave the bytes.
     """
+    from data_pipeline.inspection.describe import describe_altered, read_altered
     from data_pipeline.inspection.verify import Unread, available_cores, verify_folder
     from data_pipeline.shard_format.index import read_index
     from data_pipeline.storage.interface import StorageOptions
@@ -89,11 +96,12 @@ def run_verify(arguments: argparse.Namespace) -> int:
     workers = available_cores() if arguments.workers is None else arguments.workers
     location = arguments.location
     options = StorageOptions(cache_dir=arguments.cache_dir)
-    index = read_index(location, open_storage(location, options))
+    storage = open_storage(location, options)
+    index = read_index(location, storage)
     num_problems = num_unread = 0
     for problem in verify_folder(index, options, workers):
         # At once: of a large folder the first problem may come hours before the last.
-        print(problem, flush=True)
+        print(printable(problem), flush=True)
         num_problems += 1
         num_unread += isinstance(problem, Unread)
     # Wrong bytes outweigh unread ones: they stay wrong when the storage answers again.
@@ -104,7 +112,9 @@ def run_verify(arguments: argparse.Namespace) -> int:
             f"{location}: not read: {num_unread} shards or files; check the storage, verify again"
         )
     print(
-        f"{location}: {len(index.shards):,} shards, {index.num_documents:,} documents, "
+        f"{printable(location)}: {len(index.shards):,} shards, {index.num_documents:,} documents, "
         f"{index.num_tokens:,} tokens, all as written"
     )
+    if altered := read_altered(storage):
+        print(f"altered by the tokenizer: {describe_altered(altered)}")
     return 0

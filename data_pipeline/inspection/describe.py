@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from data_pipeline.errors import StorageError
 from data_pipeline.shard_format.index import DomainCounts, ShardIndex
+from data_pipeline.shard_format.prepared import PREPARED_FILE, altered_documents, decode_prepared
 from data_pipeline.storage.interface import Storage
 from data_pipeline.tables import render_table
 
@@ -28,8 +30,26 @@ def domain_table(domains: Mapping[str, DomainCounts]) -> str:
     return render_table(("domain", "documents", "tokens", "bytes", "bytes/token", "share"), rows)
 
 
-def describe(index: ShardIndex) -> str:
-    """Returns what `megadlcm data inspect` prints."""
+def describe_altered(count: int) -> str:
+    """Returns how many documents have tokens that spell another text, for people."""
+    return f"{count:,} documents, counted with the bytes that their tokens spell"
+
+
+def read_altered(storage: Storage) -> int:
+    """Returns how many documents have tokens that spell another text, as far as it is known."""
+    try:
+        return altered_documents(decode_prepared(storage.read_bytes(PREPARED_FILE)))
+    except (FileNotFoundError, ValueError, RecursionError, StorageError):  # nobody needs that file
+        return 0
+
+
+def describe(index: ShardIndex, altered: int = 0) -> str:
+    """Returns what `megadlcm data inspect` prints.
+
+    Args:
+        index: of the folder.
+        altered: documents whose tokens spell another text.
+    """
     rows = index.shards.rows
     tokens, sizes = rows["num_tokens"], rows["tar_bytes"]
     facts = [
@@ -42,6 +62,8 @@ def describe(index: ShardIndex) -> str:
         ("", f"sha256 {index.tokenizer_sha256}"),
         ("fingerprint", index.fingerprint),
     ]
+    if altered:
+        facts.append(("altered", describe_altered(altered)))
     return f"{render_table((), facts, left=(0, 1))}\n\n{domain_table(index.domains)}"
 
 

@@ -10,8 +10,16 @@ from typing import IO
 
 from data_pipeline.errors import InputError
 
-COMPRESSED_BYTES = 1 << 17
-"""Read at once where the library hands out all that they hold."""
+COMPRESSIONS = ("", ".gz", ".zst")
+"""Endings by which plain and compressed files are told apart."""
+UNREAD_COMPRESSIONS = (".bz2", ".xz", ".lz4", ".br", ".lzma", ".Z", ".zip", ".7z")
+COMPRESSED_BYTES = 1 << 10
+"""Read at once where the library hands out all that they hold: of zstd no more than 32 MB."""
+
+
+def compressed(*endings: str) -> tuple[str, ...]:
+    """Returns endings of file names, each plain and compressed."""
+    return tuple(ending + how for ending in endings for how in COMPRESSIONS)
 
 
 def plain_chunks(path: Path, raw: IO[bytes], size: int) -> Iterator[bytes]:
@@ -20,7 +28,7 @@ def plain_chunks(path: Path, raw: IO[bytes], size: int) -> Iterator[bytes]:
     Args:
         path: the file, whose name tells how it is compressed.
         raw: the same, opened.
-        size: bytes at a time; those of a zstd file come as they are packed.
+        size: about how many bytes come at a time.
 
     Raises:
         InputError: the file is damaged.
@@ -32,7 +40,7 @@ def plain_chunks(path: Path, raw: IO[bytes], size: int) -> Iterator[bytes]:
                 while chunk := plain.read(size):
                     yield chunk
         elif path.name.endswith(".zst"):
-            yield from _zstd_chunks(path, raw)
+            yield from _zstd_chunks(path, raw, size)
         else:
             while chunk := raw.read(size):
                 yield chunk
@@ -40,16 +48,22 @@ def plain_chunks(path: Path, raw: IO[bytes], size: int) -> Iterator[bytes]:
         raise _damaged(path, str(error)) from error
 
 
-def _zstd_chunks(path: Path, raw: IO[bytes]) -> Iterator[bytes]:
+def _zstd_chunks(path: Path, raw: IO[bytes], size: int) -> Iterator[bytes]:
     import zstandard  # only needed for .zst inputs
 
     # Frame by frame: the library's stream reader takes a file cut inside a frame for a whole one.
     frame = zstandard.ZstdDecompressor().decompressobj()
     inside, chunk = False, raw.read(COMPRESSED_BYTES)
+    waiting: list[bytes] = []
+    num_bytes = 0
     try:
         while chunk:
             inside = True
-            yield frame.decompress(chunk)
+            waiting.append(frame.decompress(chunk))
+            num_bytes += len(waiting[-1])
+            if num_bytes >= size:
+                yield b"".join(waiting)
+                waiting, num_bytes = [], 0
             chunk = b""
             if frame.eof:
                 inside, chunk = False, frame.unused_data
@@ -57,6 +71,8 @@ def _zstd_chunks(path: Path, raw: IO[bytes]) -> Iterator[bytes]:
             chunk = chunk or raw.read(COMPRESSED_BYTES)
     except zstandard.ZstdError as error:
         raise _damaged(path, str(error)) from error
+    if waiting:
+        yield b"".join(waiting)
     if inside:
         raise _damaged(path, "the file ends inside a compressed frame")
 

@@ -64,8 +64,8 @@ def piece_documents(piece: Piece, domain: str | None) -> Iterator[tuple[int, Tex
 def empty_document(document: TextDocument) -> InputError:
     """Returns the error for a document that has nothing to train on."""
     return InputError(
-        f"{document.origin}: document {document.id!r} is empty, a document needs at least one "
-        "token; remove it or pass --skip-empty",
+        f"{document.origin}: document {document.id!r} is empty (or null), a document needs at "
+        "least one token; remove it or pass --skip-empty",
         key="--skip-empty",
     )
 

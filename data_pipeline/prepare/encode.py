@@ -15,14 +15,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from data_pipeline.errors import InputError
 from data_pipeline.prepare.documents import EMPTY, empty_document, piece_documents
 from data_pipeline.prepare.formats.format import Piece, TextDocument
+from data_pipeline.prepare.round_trip import altered_texts, describe_change, is_equivalent
 from data_pipeline.shard_format.records import encode_record
 from data_pipeline.shard_format.table import DOCUMENT_DTYPE
 from data_pipeline.tokenizer import Tokenizer, decode_tokenizer
@@ -68,6 +70,8 @@ class EncodedBatch(NamedTuple):
     domains: tuple[str, ...]
     """Names by the number in the rows."""
     max_token_id: int
+    altered: np.ndarray
+    """bool (num_documents,): whose tokens spell another text."""
     left_out: tuple[tuple[int, str], ...]
     """Number of the record and the reason, in the order of the numbers."""
 
@@ -93,6 +97,8 @@ class DocumentRules:
     """Leave out documents with fewer tokens."""
     max_tokens: int | None = None
     """Leave out documents with more tokens."""
+    allow_altered: bool = False
+    """Keep documents whose tokens spell another text."""
 
     def reason_against(self, num_tokens: int) -> str:
         if self.min_tokens is not None and num_tokens < self.min_tokens:
@@ -158,7 +164,38 @@ def encode_batch(batch: Batch, tokenizer: Tokenizer, rules: DocumentRules) -> En
             left_out.append((number, reason))
         else:
             kept.append((number, document, np.array(ids, dtype=dtype)))
+    _check_tokens(kept, tokenizer, rules)
     return join_records(batch.part, kept, tuple(sorted(left_out)))
+
+
+def _check_tokens(
+    kept: list[tuple[int, TextDocument, np.ndarray]], tokenizer: Tokenizer, rules: DocumentRules
+) -> None:
+    """Marks documents whose tokens spell another text.
+
+    Raises:
+        InputError: a text that says end of text, or one that may not be altered.
+    """
+    for _, document, tokens in kept:
+        if (tokens == tokenizer.eos_id).any():
+            raise InputError(
+                f"{document.origin}: document {document.id!r} has the end of text, token "
+                f"{tokenizer.eos_id}, among its tokens; mend the tokenizer {tokenizer.path}"
+            )
+    texts = [document.text for _, document, _ in kept]
+    found = altered_texts(tokenizer, texts, [tokens for _, _, tokens in kept])
+    for at, back in found.items():
+        number, document, tokens = kept[at]
+        if not (rules.allow_altered or is_equivalent(document.text, back)):
+            raise InputError(
+                f"{document.origin}: document {document.id!r}: "
+                f"{describe_change(document.text, back)}; take a tokenizer that keeps all of a "
+                "text, remove the document, or pass --allow-altered",
+                key="--allow-altered",
+            )
+        # What a model never sees counts for no bits per byte.
+        num_bytes = len(back.encode("utf-8"))
+        kept[at] = number, replace(document, num_bytes=num_bytes, altered=True), tokens
 
 
 def _kept_texts(
@@ -194,6 +231,7 @@ def join_records(
     rows: list[tuple[int, ...]] = []
     numbers: list[int] = []
     checksums: list[np.ndarray] = []
+    altered: list[bool] = []
     domains: dict[str, int] = {}
     size = max_token_id = 0
     for number, document, tokens in documents:
@@ -213,6 +251,7 @@ def join_records(
         contents.append(record.contents)
         checksums.append(record.checksums)
         numbers.append(number)
+        altered.append(document.altered)
         size += len(record.contents)
         max_token_id = max(max_token_id, int(tokens.max()))
     return EncodedBatch(
@@ -223,6 +262,7 @@ def join_records(
         checksum_ends=np.cumsum([len(own) for own in checksums], dtype=np.int64),
         domains=tuple(domains),
         max_token_id=max_token_id,
+        altered=np.array(altered, dtype=bool),
         left_out=left_out,
     )
 

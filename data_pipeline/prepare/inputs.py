@@ -9,8 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_pipeline.errors import InputError
+from data_pipeline.prepare.compression import COMPRESSIONS, UNREAD_COMPRESSIONS
 from data_pipeline.prepare.formats.format import InputFile
-from data_pipeline.prepare.formats.known import ENDINGS, format_named
+from data_pipeline.prepare.formats.known import ENDINGS, ending_of, format_named
+from data_pipeline.prepare.formats.lines import begins_with_record
 
 LINKS = "symbolic links"
 
@@ -61,8 +63,8 @@ def _matches(pattern: str, left_out: Counter[str]) -> Iterator[InputFile]:
             yield InputFile(path, relative, _size(path))
         else:
             raise InputError(
-                f"--input {pattern}: {path} ends in none of {', '.join(ENDINGS)}; "
-                "name the directory itself to read it as a source tree",
+                f"--input {pattern}: {path} ends in none of {', '.join(ENDINGS)}; convert it, or, "
+                "if it is source code, name the directory itself to read every file as it stands",
                 key="--input",
             )
 
@@ -99,17 +101,10 @@ def _tree_files(root: Path, left_out: Counter[str]) -> list[InputFile]:
         linked = sum(os.path.islink(os.path.join(folder, name)) for name in (*folders, *names))
         if linked:
             left_out[LINKS] += linked
-    # Files of records beside a tree's would become documents as they stand, JSON and all.
-    own = {name: format_named(name) for name in sorted(relative) if os.sep not in name}
-    for name, kind in own.items():
-        if kind is not None and kind.pattern:
-            raise InputError(
-                f"--input {root}: a directory is read as a source tree, but it holds {name}; "
-                f"write --input '{root}/{kind.pattern}' to read its records",
-                key="--input",
-            )
-    paths = [(name, root / name) for name in relative]
+    paths = [(name, root / name) for name in sorted(relative)]
     regular = [name for name, path in paths if path.is_file() and not path.is_symlink()]
+    for name in regular:
+        _check_tree_file(root, name)
     if not regular:
         raise InputError(
             f"--input {root}: no files in this directory; check the path", key="--input"
@@ -117,5 +112,29 @@ def _tree_files(root: Path, left_out: Counter[str]) -> list[InputFile]:
     name = root.resolve().name
     return [
         InputFile(root / path, f"{name}/{path}".replace(os.sep, "/"), _size(root / path), name)
-        for path in sorted(regular)
+        for path in regular
     ]
+
+
+def _check_tree_file(root: Path, name: str) -> None:
+    """Raises InputError where a file holds records: it would become one text, JSON and all."""
+    ending, (stem, suffix) = ending_of(name), os.path.splitext(name)
+    way_out = f"write --input '{root}/{'**/' if os.sep in name else ''}*{ending or suffix}'"
+    if suffix in UNREAD_COMPRESSIONS and ending_of(stem):
+        way_out = f"compress it with gzip or zstd, not as {suffix}"
+    elif suffix in ("", ".json"):  # many a source tree has a .json that is none
+        if not begins_with_record(root / name):
+            return
+        way_out = way_out if ending else "give it the ending .jsonl if it holds JSON lines"
+    elif not (_holds_records(ending) or suffix in COMPRESSIONS[1:]) or not ending:
+        return
+    raise InputError(
+        f"--input {root}: a directory is read as a source tree, but it holds {name}; {way_out} to "
+        "read its documents, or take it out of the directory",
+        key="--input",
+    )
+
+
+def _holds_records(ending: str) -> bool:
+    kind = format_named(ending)
+    return kind is not None and kind.holds_records

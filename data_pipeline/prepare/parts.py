@@ -57,6 +57,8 @@ class PartState:
     """Of the shards together."""
     max_token_id: int = 0
     """Of the shards together."""
+    altered: int = 0
+    """Documents of the shards together whose tokens spell another text."""
 
     @property
     def rows(self) -> np.ndarray:
@@ -69,6 +71,7 @@ class PartState:
             "left_out": self.left_out,
             "domains": self.domains,
             "max_token_id": self.max_token_id,
+            "altered": self.altered,
         }
         return json.dumps(facts).encode("ascii")
 
@@ -90,6 +93,7 @@ def decode_state(contents: bytes) -> PartState:
         left_out=Counter(facts["left_out"]),
         domains={name: DomainCounts(*counts) for name, counts in facts["domains"].items()},
         max_token_id=facts["max_token_id"],
+        altered=facts.get("altered", 0),  # an earlier program looked at none
     )
 
 
@@ -219,6 +223,7 @@ class PartWriter:
         rows = shard.append(encoded, start, end)
         self.num_tokens += int(rows["num_tokens"].sum())
         self._state.max_token_id = max(self._state.max_token_id, encoded.max_token_id)
+        self._state.altered += int(encoded.altered[start:end].sum())
 
     def _count_left_out(self, encoded: EncodedBatch, counted: int, before: int | None) -> int:
         """Counts those before a record (None: all) from `counted` on; returns how many are now."""
@@ -269,8 +274,9 @@ class PartWriter:
         write_durably(state_file(self._folder, number), alone.encode())
         self._open = None
 
-    def _totals(self) -> tuple[Counter[str], dict[str, DomainCounts], int]:
-        return self._state.left_out, self._state.domains, self._state.max_token_id
+    def _totals(self) -> tuple[Counter[str], dict[str, DomainCounts], int, int]:
+        state = self._state
+        return state.left_out, state.domains, state.max_token_id, state.altered
 
 
 def _position(batch: Batch, number: int) -> Position:

@@ -43,12 +43,15 @@ class Plan:
     @property
     def options(self) -> dict[str, Any]:
         """What shapes the result besides the files."""
+        rules = asdict(self.rules)
+        # It changes no byte but whether they are written: who is refused may go on with it.
+        del rules["allow_altered"]
         return {
             "tokenizer_sha256": self.tokenizer_sha256,
             "shard_tokens": self.shard_tokens,
             "part_bytes": self.part_bytes,
             "deduplicate": self.deduplicate,
-            **asdict(self.rules),
+            **rules,
         }
 
     @cached_property

@@ -31,7 +31,13 @@ from data_pipeline.shard_format.index import (
     table_name,
     tar_name,
 )
-from data_pipeline.shard_format.prepared import PREPARED_FILE, encode_prepared, read_prepared
+from data_pipeline.shard_format.prepared import (
+    PREPARED_FILE,
+    altered_documents,
+    altered_fact,
+    encode_prepared,
+    read_prepared,
+)
 from data_pipeline.tokenizer import TOKENIZER_FILE, Tokenizer
 
 READY_FOLDER = "ready"
@@ -42,9 +48,10 @@ def is_published(output: Path, plan: Plan) -> bool:
     return (output / INDEX_FILE).is_file() and read_prepared(output).get("plan") == plan.sha256
 
 
-def published(output: Path) -> tuple[ShardIndex, Counter[str]]:
-    """Returns the index of a finished folder, and what was left out."""
-    return read_index(output), Counter(read_prepared(output).get("left_out", {}))
+def published(output: Path) -> tuple[ShardIndex, Counter[str], int]:
+    """Returns the index of a finished folder, what was left out, and how many are altered."""
+    facts = read_prepared(output)
+    return read_index(output), Counter(facts.get("left_out", {})), altered_documents(facts)
 
 
 def is_decided(work: WorkFolder) -> bool:
@@ -103,6 +110,7 @@ def _decide(work: WorkFolder, plan: Plan, tokenizer: Tokenizer, parts: Sequence[
         "input_bytes": sum(file.num_bytes for file in plan.files),
         "num_parts": len(plan.parts),
         "left_out": dict(sorted(left_out.items())),
+        **altered_fact(sum(part.altered for part in parts)),
     }
     files = {
         TOKENIZER_FILE: tokenizer.contents,

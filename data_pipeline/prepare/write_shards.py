@@ -26,6 +26,7 @@ from data_pipeline.prepare.parts import PartWriter, resume_part
 from data_pipeline.prepare.pieces import ReadProgress, read_pieces
 from data_pipeline.prepare.plan import Plan
 from data_pipeline.prepare.publish import is_decided, is_published, publish, published
+from data_pipeline.prepare.round_trip import check_tokenizer
 from data_pipeline.prepare.work_folder import DIGESTS_FILE, PART_LOCK, WorkFolder
 from data_pipeline.progress import Progress, say
 from data_pipeline.shard_format.index import INDEX_FILE, ShardIndex
@@ -57,6 +58,9 @@ class PrepareOptions:
     """Leave out and count documents with fewer tokens."""
     max_tokens: int | None = None
     """Leave out and count documents with more tokens."""
+    allow_altered: bool = False
+    """Keep and count documents whose tokens spell another text instead of refusing them; those of
+    a spelling that Unicode calls equivalent are kept and counted in any case."""
     deduplicate: bool = False
     """Leave out and count documents whose text occurred before."""
     part_bytes: int = PART_BYTES
@@ -68,7 +72,9 @@ class PrepareOptions:
 
     @property
     def rules(self) -> DocumentRules:
-        return DocumentRules(self.domain, self.skip_empty, self.min_tokens, self.max_tokens)
+        return DocumentRules(
+            self.domain, self.skip_empty, self.min_tokens, self.max_tokens, self.allow_altered
+        )
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,8 @@ class Prepared:
     """Of the finished folder; None while parts are missing, which other tasks are to do."""
     left_out: Counter[str]
     """Documents and files that are not in the shards, by reason; of the parts that are complete."""
+    altered: int
+    """Documents in the shards whose tokens spell another text; of the parts that are complete."""
     num_parts: int
     """Parts of the whole."""
     missing_parts: tuple[int, ...] = ()
@@ -115,6 +123,8 @@ def prepare(options: PrepareOptions) -> Prepared:
     """
     _check_options(options)
     tokenizer = load_tokenizer(options.tokenizer)
+    for remark in check_tokenizer(tokenizer, options.allow_altered):
+        say(remark)
     left_out: Counter[str] = Counter()
     plan = Plan(
         files=tuple(find_inputs(options.inputs, left_out)),
@@ -346,7 +356,7 @@ class _Preparation:
                 # Looked at again inside of the gate: the last part may have come in between.
                 if missing := tuple(n for n in missing if not self.work.is_complete(n)):
                     count, tasks = len(self.plan.parts), self.options.num_tasks
-                    return Prepared(None, self._left_out(), count, missing, tasks)
+                    return Prepared(None, *self._so_far(), count, missing, tasks)
                 self._publish()
             elif not is_published(self.options.output, self.plan):
                 raise InputError(
@@ -357,14 +367,15 @@ class _Preparation:
         return self._published()
 
     def _published(self, was_finished: bool = False) -> Prepared:
-        index, left_out = published(self.options.output)
-        return Prepared(index, left_out, len(self.plan.parts), was_finished=was_finished)
+        found = published(self.options.output)
+        return Prepared(*found, len(self.plan.parts), was_finished=was_finished)
 
-    def _left_out(self) -> Counter[str]:
-        """Returns what was left out in finding files and in the complete parts of this task."""
+    def _so_far(self) -> tuple[Counter[str], int]:
+        """Returns what was left out, and how many are altered, in complete parts of this task."""
         own = range(self.options.task, len(self.plan.parts), self.options.num_tasks)
-        states = (self.work.read_complete(number) for number in own)
-        return sum((state.left_out for state in states if state), self.plan.left_out)
+        states = [state for number in own if (state := self.work.read_complete(number))]
+        left_out = sum((state.left_out for state in states), self.plan.left_out)
+        return left_out, sum(state.altered for state in states)
 
     def _publish(self) -> None:
         states = [self.work.read_complete(number) for number in range(len(self.plan.parts))]

@@ -9,6 +9,7 @@ from typing import Any
 
 PREPARED_FILE = "prepared.json"
 _DIGEST = "sha256"
+_ALTERED = "altered_documents"
 
 
 def encode_prepared(facts: dict[str, Any]) -> bytes:
@@ -38,6 +39,17 @@ def read_prepared(folder: Path) -> dict[str, Any]:
         return decode_prepared((folder / PREPARED_FILE).read_bytes())
     except (FileNotFoundError, ValueError, RecursionError):
         return {}
+
+
+def altered_fact(count: int) -> dict[str, int]:
+    """Returns the entry on documents whose tokens spell another text; none where none do."""
+    return {_ALTERED: count} if count else {}
+
+
+def altered_documents(facts: dict[str, Any]) -> int:
+    """Returns how many documents have tokens that spell another text, as far as it is known."""
+    count = facts.get(_ALTERED, 0)
+    return count if isinstance(count, int) else 0
 
 
 def _digest(facts: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from data_pipeline.commands.arguments import add_command, integer
 from data_pipeline.commands.data import add_data_parser
 from data_pipeline.errors import InputError
+from data_pipeline.tables import printable
 from megadlcm.commands.arguments import add_config_arguments
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def run_simulate(arguments: argparse.Namespace) -> int:
     simulator = Simulator(config.data, arguments.start, samples)
     if arguments.list:
         for line in simulator.lines():
-            print(line)
+            print(printable(line))
     else:
         print(render_simulation(simulator.figures(shape), config.data, shape))
     return 0

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from data_pipeline.errors import InputError, StorageError
 from data_pipeline.output_folder import FULL
+from data_pipeline.tables import printable
 from megadlcm import __version__
 from megadlcm.commands import checkpoint, data, plan, train
 
@@ -41,7 +42,7 @@ class _Parser(argparse.ArgumentParser):
         self.register("action", None, _StoreOnce)  # what an option without an action does
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
+        _say_error(f"{message}; see {self.prog} --help")
         raise SystemExit(EXIT_WRONG_INPUT)
 
 
@@ -83,20 +84,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError as error:
         return _lost_output(f"was closed ({error})")
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say_error(str(error))
         return EXIT_WRONG_INPUT
     except StorageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say_error(str(error))
         return EXIT_FAILED
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+        _say_error("interrupted")
         return EXIT_INTERRUPTED
     except Exception as error:
         # whatever writes a file says so itself
         if isinstance(error, OSError) and error.errno in FULL:
             return _lost_output(f"cannot be written ({error.strerror}); send it to another place")
         traceback.print_exc()
-        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        _say_error(f"{type(error).__name__}: {error}")
         return EXIT_FAILED
 
 
@@ -104,8 +105,13 @@ def _lost_output(what: str) -> int:
     """Says what has become of standard output; returns the exit code."""
     # what is left in the buffer goes nowhere, else the interpreter stumbles over it at its end
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    print(f"error: the output {what}", file=sys.stderr)
+    _say_error(f"the output {what}")
     return EXIT_FAILED
+
+
+def _say_error(message: str) -> None:
+    # file names and what is found in files may hold anything, and may forge no line
+    print(f"error: {printable(message)}", file=sys.stderr)
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:

@@ -10,11 +10,20 @@ from pathlib import Path
 
 from data_pipeline.errors import InputError
 from data_pipeline.output_folder import disk_error, writing
+from data_pipeline.tables import printable
 from megadlcm.config import RunConfig
 from megadlcm.parallel.mesh import ParallelMesh
 from megadlcm.run_folder import files
 
 _LOGGERS = ("megadlcm", "data_pipeline")
+
+
+class _LineFormatter(logging.Formatter):
+    """Writes a message as one line: names that come from data may forge no other."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Returns the line; the traceback below it is not a part of it."""
+        return printable(super().formatMessage(record))
 
 
 @contextlib.contextmanager
@@ -28,7 +37,7 @@ def rank_log(config: RunConfig, mesh: ParallelMesh) -> Iterator[None]:
     path = Path(config.output_dir) / files.LOGS / files.rank_log(mesh.rank)
     handler = _open(path)
     handler.setFormatter(
-        logging.Formatter(f"%(asctime)s rank {mesh.rank} %(levelname)s %(name)s: %(message)s")
+        _LineFormatter(f"%(asctime)s rank {mesh.rank} %(levelname)s %(name)s: %(message)s")
     )
     # ours only: the root logger would bring what libraries say, on every rank
     for name in _LOGGERS:

@@ -15,6 +15,7 @@ from data_pipeline.masking import masked
 from data_pipeline.output_folder import make_output_folder, writing
 from data_pipeline.reading.mixture import MAX_PERIOD, rounded_shares
 from data_pipeline.reading.sources import SourceSummary
+from data_pipeline.tables import printable
 from megadlcm.checkpoint.save_and_resume import fresh_state, resume
 from megadlcm.config import RunConfig
 from megadlcm.engine.engine import build_engine
@@ -61,7 +62,7 @@ def run(config: RunConfig) -> int:
     try:
         mesh = join_process_group(config.parallel, config.name)
     except RendezvousError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1
     with contextlib.ExitStack() as stack:
         try:
@@ -119,7 +120,7 @@ def _exit_code(error: Exception) -> int:
         logger.error("%s", explained)
     if explained is None or isinstance(error, InputError):
         raise error
-    print(f"error: {explained}", file=sys.stderr)
+    print(f"error: {printable(explained)}", file=sys.stderr)
     return 1
 
 

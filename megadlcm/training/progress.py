@@ -9,6 +9,7 @@ from typing import Any
 from data_pipeline.errors import StorageError
 from data_pipeline.output_folder import FULL
 from data_pipeline.progress import LineLimit, open_bar
+from data_pipeline.tables import printable
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class ProgressReport:
 
 def _print(line: str) -> None:
     try:
-        print(line, flush=True)
+        print(printable(line), flush=True)
     except OSError as error:
         if error.errno not in FULL:
             raise

@@ -84,6 +84,8 @@ def test_this_version_has_these_commands_and_no_others() -> None:
         (["train", QUICKSTART, "checkpoint.async=true"], "checkpoint.async = true"),
         (["frob"], "invalid choice: 'frob'"),
         (["checkpoint", "list", "absent"], "absent"),
+        (["data", "inspect", "a\x1b[2J\nerror: \u202eb"], "a\\x1b[2J\\nerror: \\u202eb"),
+        (["plan", "configs/quickstart.yaml", "--a\x1b[2J\nb"], "--a\\x1b[2J\\nb"),
         ([], "required: COMMAND"),
     ],
 )

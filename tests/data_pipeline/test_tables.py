@@ -54,7 +54,7 @@ def test_a_name_cannot_forge_a_row() -> None:
     table = render_table(("domain", "tokens"), [("en\nall  999\x1b[2J", "1"), ("\u202exy", "2")])
     assert len(table.splitlines()) == 3
     assert "\x1b" not in table and "\u202e" not in table
-    assert printable("a\tb\nc\u2028", "\n\t") == "a\tb\nc\ufffd"
+    assert printable("a\tb\nc\u2028", "\n\t") == "a\tb\nc\\u2028"
     plain = "\u5929\u5730 K\u00f6nig \U0001f600"
     assert printable(plain) == plain
 

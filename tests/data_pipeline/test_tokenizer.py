@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.errors import InputError
-from data_pipeline.tokenizer import SMALLEST_VOCAB, load_tokenizer, train_tokenizer
+from data_pipeline.prepare.round_trip import check_tokenizer
+from data_pipeline.tokenizer import (
+    LONG_WORD,
+    SMALLEST_VOCAB,
+    _cut_long_words,
+    decode_tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
 from tests.support.tiny_shards import TEXTS, one_line
 
 
@@ -97,3 +105,44 @@ def test_what_cannot_be_used_is_refused_in_one_line(tokenizer_file: Path, tmp_pa
         train_tokenizer(TEXTS, vocab_size=256)
     with pytest.raises(InputError, match="no documents"):
         train_tokenizer([], vocab_size=300)
+
+
+def test_dropout_is_switched_off(tokenizer_file: Path) -> None:
+    """A text has the same tokens each time, and those of the file without it."""
+    contents = json.loads(tokenizer_file.read_text(encoding="utf-8"))
+    contents["model"]["dropout"] = 0.5
+    path = Path("t.json")
+    tokenizer = decode_tokenizer(json.dumps(contents).encode(), path)
+    whole = load_tokenizer(tokenizer_file)
+    assert (tokenizer.dropout, whole.dropout) == (0.5, 0.0)
+    assert {tuple(tokenizer.encode(TEXTS[0])) for _ in range(20)} == {tuple(whole.encode(TEXTS[0]))}
+    remark = check_tokenizer(tokenizer, allow_altered=False)
+    assert remark == [
+        "tokenizer t.json: asks for dropout 0.5, which is switched off: a text has the same tokens "
+        "every time"
+    ]
+    tokenizer.backend.model.dropout = 0.5  # the comparison above was not vacuous
+    assert len({tuple(tokenizer.encode(TEXTS[0])) for _ in range(20)}) > 1
+
+
+def test_an_end_of_text_that_is_another_token_as_well_is_refused(tokenizer_file: Path) -> None:
+    contents = json.loads(tokenizer_file.read_text(encoding="utf-8"))
+    contents["model"]["vocab"]["the"] = contents["model"]["vocab"]["<|endoftext|>"]
+    with pytest.raises(InputError, match="token 0 is the end of text and 'the' as well") as error:
+        decode_tokenizer(json.dumps(contents).encode(), Path("t.json"))
+    one_line(error)
+
+
+def test_words_of_any_length_are_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut where they are too long, as texts that follow each other; nothing is lost of them."""
+    long = LONG_WORD * 3 + 7
+    for word in ("ab" * long, "\u5929" * long, "1" * long, "=" * long, "_-" * long, " \n" * long):
+        text = f"some {word} words"
+        cut = list(_cut_long_words(text))
+        assert "".join(cut) == text and len(cut) > 3
+        assert max(map(len, cut)) <= LONG_WORD + len("some  words")
+    ordinary = [*TEXTS, "word " * 10_000, "a" * LONG_WORD, "a-1" * LONG_WORD]
+    assert [list(_cut_long_words(text)) for text in ordinary] == [[text] for text in ordinary]
+    trained = train_tokenizer(ordinary, 300)
+    monkeypatch.setattr("data_pipeline.tokenizer._cut_long_words", lambda text: [text])
+    assert train_tokenizer(ordinary, 300) == trained

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from datetime import date, time
+from decimal import Decimal
 from typing import Any
+from uuid import UUID
 
 from data_pipeline.errors import InputError
 from data_pipeline.prepare.formats.format import Piece, TextDocument
+
+FIELDS = ("text", "id", "domain", "source")
+"""What is read of a record."""
+RECORD_BYTES = 64 << 20
+"""Most bytes of a record: to encode a text takes about a hundred times as much memory as it has."""
+BOM = b"\xef\xbb\xbf"
+"""Some editors and programs write it before UTF-8; it is no part of the text."""
+# numbers, dates and the like have one plain spelling, what is nested or bytes has none
+_NAMES = (str, int, float, Decimal, date, time, UUID)
 
 
 def record_document(
     record: dict[str, Any], piece: Piece, offset: int, domain: str, origin: str
 ) -> TextDocument:
-    """Returns the document of a record.
+    """Returns the document of a record, empty where its text is null.
 
     Args:
-        record: its fields; "text" is a string.
+        record: its fields; "text" is a string or None.
         piece: where it stands.
         offset: records of the piece before it.
         domain: domain of records that name none.
@@ -23,7 +36,7 @@ def record_document(
     Raises:
         InputError: a text or a name that cannot be stored.
     """
-    text: str = record["text"]
+    text: str = record["text"] or ""
     try:
         num_bytes = len(text) if text.isascii() else len(text.encode("utf-8"))
     except UnicodeEncodeError as error:  # JSON may escape half a pair, which Python keeps
@@ -33,9 +46,9 @@ def record_document(
         ) from error
     name = f"{piece.file.relative}:{piece.start.record + offset + 1}"
     document = TextDocument(
-        id=_field(record, "id", name),
-        domain=_field(record, "domain", domain),
-        source=_field(record, "source", piece.file.relative),
+        id=_field(record, "id", name, origin),
+        domain=_field(record, "domain", domain, origin),
+        source=_field(record, "source", piece.file.relative, origin),
         text=text,
         num_bytes=num_bytes,
         origin=origin,
@@ -61,6 +74,25 @@ def storable(document: TextDocument) -> TextDocument:
     return document
 
 
+def check_size(num_bytes: int, origin: str) -> None:
+    """Raises InputError where a record would take more memory than any document is worth."""
+    if num_bytes > RECORD_BYTES:
+        raise InputError(
+            f"{origin}: a record of more than {RECORD_BYTES:,} bytes, which is the most that one "
+            "may have; cut it into documents, or fetch the file again if it should be smaller"
+        )
+
+
+def check_once(names: Sequence[str], origin: str) -> None:
+    """Raises InputError where a field that is read stands there twice: one would be lost."""
+    for name in FIELDS:
+        if names.count(name) > 1:
+            raise InputError(
+                f"{origin}: has `{name}` {names.count(name)} times, must have it once; "
+                "rename or remove the others"
+            )
+
+
 def bad_utf8(origin: str, position: int) -> InputError:
     """Returns the error for bytes that are no text."""
     return InputError(
@@ -68,7 +100,15 @@ def bad_utf8(origin: str, position: int) -> InputError:
     )
 
 
-def _field(record: dict[str, Any], key: str, default: str) -> str:
+def _field(record: dict[str, Any], key: str, default: str, origin: str) -> str:
     """Returns an optional field as a string; the default where it is absent, empty or null."""
     value = record.get(key)
-    return default if value is None or value == "" else str(value)
+    if value is None or value == "":
+        return default
+    # true and NaN have a spelling, too, but nobody means them as a name
+    if not isinstance(value, _NAMES) or isinstance(value, bool) or value != value:
+        raise InputError(
+            f"{origin}: {key} = {str(value)[:40]!r} ({type(value).__name__}), must be a string or "
+            "a number; fix the record"
+        )
+    return str(value)

@@ -67,6 +67,8 @@ class TextDocument:
     """Bytes of the text in UTF-8."""
     origin: str
     """File and line, for messages."""
+    altered: bool = False
+    """Whether its tokens spell another text, whose bytes are counted."""
 
 
 Cut = Callable[[Path, IO[bytes], int, int], Iterator[tuple[int, bytes, int]]]
@@ -93,6 +95,5 @@ class Format:
     documents: Documents
     domain: str = DEFAULT_DOMAIN
     """Of documents that name none."""
-    pattern: str = ""
-    """What to write behind a directory that holds such files, which is then no source tree; empty
-    where they may be files of one."""
+    holds_records: bool = False
+    """Whether a file is many documents, which no file of a source tree is."""

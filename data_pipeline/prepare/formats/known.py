@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from data_pipeline.prepare.compression import compressed
 from data_pipeline.prepare.formats.format import Format, InputFile
 from data_pipeline.prepare.formats.lines import cut_lines, line_documents
 from data_pipeline.prepare.formats.parquet import cut_rows, row_documents
-from data_pipeline.prepare.formats.text import cut_nothing, text_document, tree_document
+from data_pipeline.prepare.formats.text import (
+    cut_text,
+    cut_tree_file,
+    text_document,
+    tree_document,
+)
 
-TREE = Format((), cut_nothing, tree_document, domain="code")
+TREE = Format((), cut_tree_file, tree_document, domain="code")
 """Any file below a directory."""
 
 FORMATS = (
-    Format((".txt", ".txt.gz", ".txt.zst"), cut_nothing, text_document),
-    Format((".jsonl", ".jsonl.gz", ".jsonl.zst"), cut_lines, line_documents, pattern="*.jsonl*"),
-    Format((".parquet",), cut_rows, row_documents, pattern="*.parquet"),
+    Format(compressed(".txt"), cut_text, text_document),
+    Format(
+        compressed(".jsonl", ".json", ".ndjson", ".jsonlines"),
+        cut_lines,
+        line_documents,
+        holds_records=True,
+    ),
+    Format((".parquet",), cut_rows, row_documents, holds_records=True),
 )
 ENDINGS = tuple(ending for each in FORMATS for ending in each.endings)
 
@@ -22,6 +33,11 @@ def format_named(name: str) -> Format | None:
     """Returns the format of files that are called so, None where there is none."""
     # No ending is that of two formats, so that the order of the rows decides nothing.
     return next((each for each in FORMATS if name.endswith(each.endings)), None)
+
+
+def ending_of(name: str) -> str:
+    """Returns which of ENDINGS a file name has, empty where it has none."""
+    return next((ending for ending in ENDINGS if name.endswith(ending)), "")
 
 
 def format_of(file: InputFile) -> Format:

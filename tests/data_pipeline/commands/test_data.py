@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_pipeline import read_index
 from data_pipeline.commands.data import add_data_parser
 from data_pipeline.errors import InputError
+from data_pipeline.progress import say
 from data_pipeline.tokenizer import load_tokenizer
+from tests.support.damage import change_index
 from tests.support.tiny_shards import TEXTS, one_line, write_jsonl
 
 
@@ -181,3 +185,29 @@ def test_wrong_input_raises_the_error_the_command_line_prints(tmp_path: Path) ->
     with pytest.raises(InputError, match="matches no file"):
         run("tokenizer", "--input", tmp_path / "*.txt", "--vocab-size", "300", "--output", output)
     assert not output.parent.exists()
+
+
+def test_a_name_from_the_data_forges_no_line_and_moves_no_cursor(
+    tmp_path: Path, tokenizer_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Domains, ids and file names may hold anything; it is shown, spelt out."""
+    source = tmp_path / "a\x1b]0;b\u202e.jsonl"
+    domain = "web\x1b[2J\nall 999\u202e"
+    source.write_text(json.dumps({"text": "one two", "domain": domain, "id": domain}) + "\n")
+    folder = tmp_path / "shards"
+    assert run("prepare", "--input", source, "--tokenizer", tokenizer_file, "--output", folder) == 0
+    assert run("inspect", folder) == 0
+
+    def rename(index: dict[str, Any]) -> None:
+        index["domains"][f"{domain}2"] = index["domains"].pop(domain)
+
+    change_index(folder, rename)
+    with pytest.raises(InputError, match="problems found"):
+        run("verify", folder)
+    shown = capsys.readouterr()
+    assert shown.out.count("web\\x1b[2J\\nall 999\\u202e") == 4
+    assert "domain web\\x1b[2J\\nall 999\\u202e2: documents" in shown.out
+    for text in (shown.out, shown.err):
+        assert all(line.isprintable() for line in text.split("\n"))
+    say(f"{source}: said")
+    assert capsys.readouterr().err == f"{tmp_path}/a\\x1b]0;b\\u202e.jsonl: said\n"

@@ -12,10 +12,11 @@ import pytest
 
 from data_pipeline.errors import InputError
 from data_pipeline.prepare.documents import read_documents
+from data_pipeline.prepare.formats import fields, parquet
 from data_pipeline.prepare.formats.format import TextDocument
 from data_pipeline.prepare.formats.parquet import BATCH_ROWS
 from data_pipeline.prepare.inputs import find_inputs
-from data_pipeline.prepare.pieces import ReadProgress
+from data_pipeline.prepare.pieces import PIECE_BYTES, ReadProgress, read_pieces
 from tests.support.tiny_shards import TEXTS, one_line, write_jsonl
 
 
@@ -82,7 +83,10 @@ def test_only_the_texts_are_needed_whatever_their_type(tmp_path: Path) -> None:
     [
         ({"content": ["x"]}, r"no column `text`.*it has: content"),
         ({"text": [1, 2]}, r"column `text` holds int64, must hold strings"),
-        ({"text": ["fine", None]}, r"a\.parquet: row 2: text is null"),
+        (
+            {"text": ["fine", None]},
+            r"a\.parquet: row 2: document .* is empty \(or null\).*--skip-empty",
+        ),
         (
             {"text": pyarrow.array([b"fine", b"fine", b"caf\xe9"]).view(pyarrow.string())},
             r"a\.parquet: row 3: byte 3 of a value is not UTF-8",
@@ -114,3 +118,102 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"a\.parquet: ") as error:
             read(path)
         one_line(error)
+
+
+def test_a_column_that_stands_there_twice_is_refused(tmp_path: Path) -> None:
+    """Which of two texts is meant nobody knows; what is not read may repeat itself."""
+    path = tmp_path / "a.parquet"
+    for name in ("text", "id", "unused"):
+        arrays = [pyarrow.array([each]) for each in ("one", "x", "y")]
+        table = pyarrow.Table.from_arrays(arrays, names=["text", name, name])
+        pyarrow.parquet.write_table(table, path)
+        if name == "unused":
+            assert [document.text for document in read(path)] == ["one"]
+            continue
+        with pytest.raises(InputError, match=rf"a\.parquet: has `{name}` \d times") as error:
+            read(path)
+        one_line(error)
+
+
+@pytest.mark.parametrize("name", ["text", "id", "domain", "source"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        pyarrow.array([b"web"]),
+        pyarrow.array([["web"]]),
+        pyarrow.array([{"k": 1}]),
+        pyarrow.array([True]),
+    ],
+    ids=["binary", "list", "struct", "bool"],
+)
+def test_a_column_of_what_is_no_name_is_refused(
+    name: str, values: pyarrow.Array, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "a.parquet", {"text": ["one"]} | {name: values})
+    with pytest.raises(InputError, match=rf"column `{name}` holds .*must hold strings") as error:
+        read(path)
+    one_line(error)
+
+
+def test_times_have_a_spelling_or_are_refused(tmp_path: Path) -> None:
+    """Of a year that no calendar has, of half a microsecond, of a zone that nobody knows."""
+    path = tmp_path / "a.parquet"
+    for kind, number in (
+        (pyarrow.timestamp("us"), 1 << 62),
+        (pyarrow.timestamp("ns"), 1),
+        (pyarrow.timestamp("us", tz="Mars/Olympus"), 1),
+    ):
+        times = pyarrow.array([0, number], pyarrow.int64()).cast(kind)
+        write(path, {"text": ["one", "two"], "id": times})
+        with pytest.raises(InputError, match=r"row [12]: a value that has no spelling") as error:
+            read(path)
+        one_line(error)
+    write(path, {"text": ["one"], "id": pyarrow.array([1], pyarrow.timestamp("us"))})
+    assert read(path)[0].id == "1970-01-01 00:00:00.000001"
+
+
+def test_a_null_text_is_an_empty_one(tmp_path: Path) -> None:
+    files = find_inputs([str(write(tmp_path / "a.parquet", {"text": ["x", None]}))], Counter())
+    left_out: Counter[str] = Counter()
+    found = list(read_documents(files, ReadProgress(), left_out, skip_empty=True))
+    assert ([document.text for document in found], left_out) == (["x"], {"empty": 1})
+
+
+def test_a_text_that_a_small_file_repeats_comes_a_few_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kilobyte may hold gigabytes; a piece is no larger than one row more than asked for."""
+    text, rows = "a" * 100_000, 200
+    indices = pyarrow.array([0] * rows, pyarrow.int32())
+    texts = pyarrow.DictionaryArray.from_arrays(indices, pyarrow.array([text]))
+    path = write(tmp_path / "a.parquet", {"text": texts, "id": list(range(rows))})
+    assert path.stat().st_size < 20_000
+    files = find_inputs([str(path)], Counter())
+    pieces = list(read_pieces(files, ReadProgress()))
+    assert sum(piece.num_records for piece in pieces) == rows
+    assert max(len(piece.contents) for piece in pieces) < PIECE_BYTES + 2 * len(text)
+    assert [len(document.text) for document in read(path)] == [len(text)] * rows
+    monkeypatch.setattr(fields, "RECORD_BYTES", 99_999)
+    texts = ["fine"] * 3 + [text]
+    for columns in ({"text": texts}, {"text": ["fine"] * 4, "id": texts}):
+        write(path, columns, row_group_size=3)
+        with pytest.raises(InputError, match=r"a\.parquet: row 4: a record of more") as error:
+            read(path)
+        one_line(error)
+
+
+def test_large_rows_are_decoded_in_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """256 different texts of megabytes are no batch."""
+    monkeypatch.setattr(parquet, "DECODED_BYTES", 1 << 16)
+    texts = [f"{number}".ljust(10_000) for number in range(40)]
+    path = write(tmp_path / "a.parquet", {"text": texts}, use_dictionary=False)
+    counted: list[int] = []
+    ends = parquet._ends
+
+    def counting(path: Path, batch: pyarrow.RecordBatch, row: int) -> object:
+        counted.append(batch.num_rows)
+        return ends(path, batch, row)
+
+    monkeypatch.setattr(parquet, "_ends", counting)
+    assert [document.text for document in read(path)] == texts
+    assert sum(counted) == 40 and 1 < max(counted) <= 6
