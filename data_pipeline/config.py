@@ -99,7 +99,8 @@ class DataConfig:
     """Times a failing read is tried, with growing pauses, before the run ends."""
 
     timeout_seconds: float = 600.0
-    """Longest that the training loop waits for data before the run ends."""
+    """Longest that the training loop waits for data before the run ends. Several processes wait at
+    most 0.8 of `parallel.collective_timeout_seconds`, so that it is the storage that is named."""
 
     cache_dir: PathText | None = None
     """Folder on a local disk for copies of shards that are read by URL."""

@@ -15,6 +15,7 @@ import numpy as np
 from data_pipeline.config import DataConfig
 from data_pipeline.reading.order import SourceOrder
 from data_pipeline.shard_format.index import ShardIndex
+from data_pipeline.shard_format.table import most_table_bytes
 
 
 class Played(NamedTuple):
@@ -39,6 +40,8 @@ class BlockCost(NamedTuple):
 
     num_shards: int
     tar_bytes: int
+    table_bytes: int
+    """Of their document tables in memory."""
 
 
 class PlayedSource:
@@ -54,7 +57,9 @@ class PlayedSource:
         """
         self.index = index
         self._seq_len, self._block_size = data.seq_len, data.shuffle_block
-        self._tar_bytes = index.shards.rows["tar_bytes"]
+        rows = index.shards.rows
+        self._tar_bytes = rows["tar_bytes"]
+        self._table_bytes = most_table_bytes(rows["num_documents"], rows["num_tokens"])
         self._order = SourceOrder(
             index.shard_stream_tokens,
             # A simulation reads no shard: to ask for a document table is a mistake in the order.
@@ -115,7 +120,7 @@ class PlayedSource:
         """Returns the most that a shuffle block touches, of those that the samples lie in."""
         windows = played.starts // self._seq_len
         blocks = windows // self._block_size
-        found = BlockCost(0, 0)
+        found = BlockCost(0, 0, 0)
         for part in runs_of(played.epochs, blocks):
             first = int(blocks[part.start]) * self._block_size
             order, edges = self.shard_order(int(played.epochs[part.start]))
@@ -126,8 +131,9 @@ class PlayedSource:
             # In stream order: windows are permuted inside of a block, so a block covers one
             # stretch.
             high = int(np.searchsorted(edges, end - 1, side="right"))
-            num_bytes = int(self._tar_bytes[order[low:high]].sum())
-            found = BlockCost(max(found.num_shards, high - low), max(found.tar_bytes, num_bytes))
+            touched = order[low:high]
+            sums = (int(sizes[touched].sum()) for sizes in (self._tar_bytes, self._table_bytes))
+            found = BlockCost(*map(max, found, (high - low, *sums)))
         return found
 
     def whole_epochs(self, played: Played) -> int:

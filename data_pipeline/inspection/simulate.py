@@ -12,8 +12,9 @@ from data_pipeline.config import DataConfig
 from data_pipeline.errors import InputError
 from data_pipeline.inspection.played import BlockCost, PlayedSource
 from data_pipeline.options import check_least
-from data_pipeline.reading.least_recent import KEPT_SHARDS
+from data_pipeline.reading.least_recent import KEPT_BYTES, KEPT_SHARDS
 from data_pipeline.reading.mixture import Mixture, source_quotas
+from data_pipeline.reading.open_files import most_files
 from data_pipeline.shard_format.index import read_index
 from data_pipeline.storage.open import open_storage
 from data_pipeline.tables import render_table
@@ -210,7 +211,7 @@ class Simulator:
             entries, touched = source.touched(played)
             numbers.append(played.samples[entries])
             shards.append(touched + offset)
-            open_shards += min(len(np.unique(touched)), KEPT_SHARDS)
+            open_shards += len(np.unique(touched))
         sample, shard = np.concatenate(numbers), np.concatenate(shards)
         # Steps that the stretch cuts would count too few shards: only whole ones are measured.
         first_step = -(-self.start // batch)
@@ -222,7 +223,7 @@ class Simulator:
         job = _distinct(rank // ranks, shard[inside], num_steps)
         each = _distinct(rank, shard[inside], num_steps * ranks)
         figures = StepFigures(*_mean_and_max(job), *_mean_and_max(each))
-        return figures, num_steps, open_shards
+        return figures, num_steps, min(open_shards, most_files())
 
     def _shard_offsets(self) -> list[int]:
         """Returns what to add to each source's shard numbers; one number per folder."""
@@ -275,11 +276,12 @@ def render_simulation(found: Simulation, data: DataConfig, shape: RunShape) -> s
         ("checked", f"no window twice in an epoch; in {whole:,} whole epochs each window once"),
     ]
     for source in found.sources:
-        if source.block.num_shards > KEPT_SHARDS:
+        block = source.block
+        if block.num_shards > KEPT_SHARDS and block.table_bytes > KEPT_BYTES:
             advice = (
-                f"a shuffle block of {source.label} touches {source.block.num_shards:,} shards, a "
-                f"process keeps {KEPT_SHARDS} at hand and reads their tables again and again; "
-                "lower data.shuffle_block or prepare larger shards"
+                f"a shuffle block of {source.label} touches {block.num_shards:,} shards, whose "
+                f"tables have {block.table_bytes:,} bytes; a process keeps {KEPT_BYTES:,} at hand "
+                "and reads them again and again; lower data.shuffle_block"
             )
             facts.append(("slow", advice))
     return f"{_source_table(found.sources)}\n\n{render_table((), facts, left=(0, 1))}"

@@ -140,7 +140,8 @@ class StepLoader(Iterator[StepBatch]):
                     # nothing any more.
                     self._done[number] = StorageError(
                         f"no data for {timeout:g} s, still reading {self._reader.busy_with()}; "
-                        "check the storage, or raise data.timeout_seconds"
+                        "check the storage, or raise data.timeout_seconds and, above it, "
+                        "parallel.collective_timeout_seconds"
                     )
                     break
                 if not self._changed.wait(min(SAY_SECONDS, timeout - waited)):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.reading.least_recent import KEPT_SHARDS, LeastRecent
+from data_pipeline.reading.least_recent import KEPT_BYTES, KEPT_SHARDS, LeastRecent
 
 # One number per purpose keeps the generators of a seed apart.
 SHARD_ORDER, DOCUMENT_ORDER, WINDOW_ORDER, MIXTURE_ORDER = range(4)
@@ -117,7 +117,7 @@ class SourceOrder:
         self.num_windows = -(-self.num_stream_tokens // seq_len)
         self._shard_orders: LeastRecent[int, ShardOrder] = LeastRecent(2)
         self._document_orders: LeastRecent[tuple[int, int], DocumentOrder] = LeastRecent(
-            KEPT_SHARDS
+            KEPT_SHARDS, KEPT_BYTES, lambda order: order.documents.nbytes + order.starts.nbytes
         )
         self._block_orders: LeastRecent[tuple[int, int], np.ndarray] = LeastRecent(4)
 

@@ -12,7 +12,8 @@ from zlib import crc32
 import numpy as np
 
 from data_pipeline.errors import DamagedDataError
-from data_pipeline.reading.least_recent import KEPT_SHARDS, LeastRecent
+from data_pipeline.reading.least_recent import KEPT_BYTES, KEPT_SHARDS, LeastRecent
+from data_pipeline.reading.open_files import OPEN_FILES
 from data_pipeline.shard_format.index import Shard, ShardIndex, read_index
 from data_pipeline.shard_format.table import CHECKSUM_TOKENS, DocumentTable, decode_table
 from data_pipeline.shard_format.tar import BLOCK_BYTES
@@ -38,7 +39,9 @@ class ShardReader:
 
     def __init__(self, index: ShardIndex, storage: Storage) -> None:
         self.index, self.storage = index, storage
-        self._shards: LeastRecent[int, OpenShard] = LeastRecent(KEPT_SHARDS)
+        self._shards: LeastRecent[int, OpenShard] = LeastRecent(
+            KEPT_SHARDS, KEPT_BYTES, lambda shard: shard.table.num_bytes
+        )
 
     def shard(self, number: int) -> OpenShard:
         """Returns a shard, its document table read.
@@ -181,6 +184,7 @@ class OpenShard:
     def _opened(self) -> StoredFile:
         file = self._file
         if file is None:
+            OPEN_FILES.make_room(self)  # before: a process may have no descriptor left
             shard = self._shard
             try:
                 file = self._storage.open(shard.tar_name, shard.tar_bytes, shard.tar_sha256)
@@ -188,6 +192,10 @@ class OpenShard:
                 raise missing(self._index, self._storage.path(shard.tar_name)) from error
             self._file = file
         return file
+
+    def close_file(self) -> None:
+        """Gives the tar back; whoever reads it just now keeps it, and the next read opens it."""
+        self._file = None
 
     def _damaged(self, what: str) -> DamagedDataError:
         return damaged(self._index, self._storage.path(self._shard.tar_name), what)

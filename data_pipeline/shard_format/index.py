@@ -224,6 +224,8 @@ def read_index(location: Location, storage: Storage | None = None) -> ShardIndex
         raise InputError(
             f"shard folder {where}: is a file; name a folder of `megadlcm data prepare`"
         ) from error
+    except InputError:  # which says its own way out
+        raise
     except (ValueError, RecursionError) as error:
         raise InputError(
             f"{path}: cannot be read ({_one_line(error)}); run `megadlcm data prepare --overwrite`"

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.small_file import read_small
+
 PREPARED_FILE = "prepared.json"
 _DIGEST = "sha256"
 _ALTERED = "altered_documents"
@@ -36,7 +38,7 @@ def decode_prepared(contents: bytes) -> dict[str, Any]:
 def read_prepared(folder: Path) -> dict[str, Any]:
     """Returns what a finished folder says of its making; empty where it does not."""
     try:
-        return decode_prepared((folder / PREPARED_FILE).read_bytes())
+        return decode_prepared(read_small(folder / PREPARED_FILE))
     except (FileNotFoundError, ValueError, RecursionError):
         return {}
 

@@ -46,6 +46,18 @@ class DocumentTable(NamedTuple):
     domains: tuple[str, ...]
     """Names by number."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its arrays in memory."""
+        return self.rows.nbytes + self.checksums.nbytes + self.first_checksum.nbytes
+
+
+def most_table_bytes(num_documents: np.ndarray, num_tokens: np.ndarray) -> np.ndarray:
+    """Returns what tables of so many documents and tokens may have in memory, int64."""
+    # metadata has a checksum, and so has the last chunk of each document, however short
+    checksums = 2 * num_documents + num_tokens // CHECKSUM_TOKENS
+    return num_documents * (DOCUMENT_DTYPE.itemsize + 8) + 4 * checksums
+
 
 def chunk_checksums(contents: bytes | memoryview, itemsize: int) -> np.ndarray:
     """Returns the CRC-32 of every CHECKSUM_TOKENS tokens of `itemsize` bytes, uint32."""

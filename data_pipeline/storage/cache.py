@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 Chunks = Callable[[], Generator[bytes]]
 """Starts a download: yields the bytes of a shard in order."""
 
+_HASHED_AT_ONCE = 8 * 2**20
 POLL_SECONDS = 0.05
 SAYS_WAITING_SECONDS = 30.0
 
@@ -46,6 +47,8 @@ class ShardCache:
         self._folder = self._space.root / folder
         self._damaged: dict[tuple[str, bytes], str] = {}
         self._opened: set[str] = set()
+        self._sound: set[tuple[Path, int]] = set()
+        """Copies that this process has hashed, as path and inode."""
 
     def open(self, name: str, size: int, sha256: bytes, chunks: Chunks) -> LocalFile:
         """Opens the copy of a shard, downloading it where there is none.
@@ -75,7 +78,7 @@ class ShardCache:
         # Named after its bytes: an upload of other ones is another copy, and none is mixed.
         copy = self._folder / f"{name}.{sha256.hex()[:DIGEST_CHARACTERS]}"
         disk_was_full = False
-        file = self._open_copy(copy, size)
+        file = self._open_copy(copy, size, sha256)
         while file is None:
             reserved = self._space.reserve(copy, size, remove_all=disk_was_full)
             if isinstance(reserved, Entry):
@@ -85,7 +88,8 @@ class ShardCache:
                     self._download(reserved, name, size, sha256, chunks)
                     with self._space.locked():  # or another process may remove it before it is open
                         reserved.become(copy)
-                        file = self._open_copy(copy, size)
+                        self._sound.add((copy, copy.stat().st_ino))  # hashed as it arrived
+                        file = self._open_copy(copy, size, sha256)
                 except DiskFullError:
                     if disk_was_full:
                         raise
@@ -95,7 +99,7 @@ class ShardCache:
                 finally:
                     reserved.discard()
             # Somebody else may have downloaded it while this process waited for room.
-            file = file or self._open_copy(copy, size)
+            file = file or self._open_copy(copy, size, sha256)
         self._opened.add(name)
         return file
 
@@ -104,15 +108,22 @@ class ShardCache:
         # Another thread or process may have removed the copy that the caller has read.
         return self._space.remove(self._folder, name) or name in self._opened
 
-    def _open_copy(self, copy: Path, size: int) -> LocalFile | None:
+    def _open_copy(self, copy: Path, size: int, sha256: bytes) -> LocalFile | None:
         """Opens a complete copy, which marks it as used."""
         try:
             # A copy cut by a full disk or by hand; `reserve` removes it.
-            if copy.stat().st_size != size:
+            if (status := copy.stat()).st_size != size:
                 return None
             file = LocalFile(str(copy), self._options)
         except (FileNotFoundError, NotADirectoryError, PermissionError):
             return None
+        if (copy, status.st_ino) not in self._sound:
+            # Whoever can write to the cache could have made others of the same checksums.
+            if _digest(file, size) != sha256:
+                logger.warning("%s: not the shard that was written, downloaded again", copy)
+                self._space.remove(self._folder, copy.name.rpartition(".")[0])
+                return None
+            self._sound.add((copy, status.st_ino))
         # A copy that another user made can only be read; it is removed sooner then.
         with contextlib.suppress(OSError):
             now = time.time_ns()  # finer than the clock that a file system uses by itself
@@ -155,6 +166,13 @@ class ShardCache:
             )
             self._damaged[name, sha256] = problem
             raise DamagedDataError(problem) from error
+
+
+def _digest(file: LocalFile, size: int) -> bytes:
+    digest = hashlib.sha256()
+    for offset in range(0, size, _HASHED_AT_ONCE):
+        digest.update(file.pread(min(_HASHED_AT_ONCE, size - offset), offset))
+    return digest.digest()
 
 
 def _wait_for(download: Entry, path: str) -> None:

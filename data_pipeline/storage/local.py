@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from data_pipeline.small_file import open_ordinary, read_small
 from data_pipeline.storage.interface import StorageOptions, StoredFile
 from data_pipeline.storage.retries import with_retries
 
@@ -22,7 +23,7 @@ class LocalFile:
         self._path, self._options = path, options
         # For __del__, which runs as well where the open below fails.
         self._descriptor = -1
-        self._descriptor = with_retries(lambda: os.open(path, os.O_RDONLY), path, options)
+        self._descriptor = with_retries(lambda: open_ordinary(path), path, options)
 
     def __del__(self) -> None:
         """Closes the file: whoever still reads it holds a reference."""
@@ -84,7 +85,7 @@ class LocalFolder:
         return self._retried(lambda: os.stat(self._folder / name).st_size, name)
 
     def read_bytes(self, name: str) -> bytes:
-        return self._retried((self._folder / name).read_bytes, name)
+        return self._retried(lambda: read_small(self._folder / name), name)
 
     def open(self, name: str, size: int, sha256: bytes) -> StoredFile:
         """Opens a shard where it lies; its bytes are checked as they are read."""

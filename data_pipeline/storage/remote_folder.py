@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, TypeVar
 
 import fsspec
 from fsspec.core import get_filesystem_class, split_protocol, url_to_fs
 
-from data_pipeline.errors import InputError
+from data_pipeline.errors import InputError, StorageError
 from data_pipeline.masking import masked
+from data_pipeline.small_file import check_size, most_bytes
 from data_pipeline.storage.cache import ShardCache
 from data_pipeline.storage.interface import StorageOptions, StoredFile
 from data_pipeline.storage.retries import with_retries
@@ -20,6 +22,8 @@ Result = TypeVar("Result")
 CHUNK_BYTES = 8 * 2**20
 SILENCE_SECONDS = 60.0
 """Longest that a web server may send nothing before the read counts as failed."""
+LEAST_BYTES_PER_SECOND = 2**16
+"""Of a file that is read whole, on average after the first minute."""
 _NOT_FOUND = (404, 410)
 _DENIED = (401, 403)
 
@@ -84,12 +88,30 @@ class RemoteFolder:
     def read_bytes(self, name: str) -> bytes:
 
         def read(system: Any, path: str) -> bytes:
-            contents: bytes = system.cat_file(path)
+            stored, most = _size(system, path), most_bytes(name)
+            check_size(self.path(name), stored or 0, most)
+            contents = self._streamed(system, path, most) if self._is_web else system.cat_file(path)
             # Some servers hang up early without an error.
-            _check_arrived(len(contents), _size(system, path))
+            _check_arrived(len(contents), stored)
             return contents
 
         return self._retried(name, read)
+
+    def _streamed(self, system: Any, path: str, most: int) -> bytes:
+        """Reads a whole file of a web server, which may send it slowly or without an end."""
+        began, arrived = time.monotonic(), bytearray()
+        with system.open(path, "rb", cache_type="none", block_size=0) as file:
+            while chunk := file.read(CHUNK_BYTES):
+                arrived += chunk
+                check_size(path, len(arrived), most)
+                seconds = time.monotonic() - began
+                # A byte now and then is no silence, and would go on for years.
+                if seconds > SILENCE_SECONDS + len(arrived) / LEAST_BYTES_PER_SECOND:
+                    raise StorageError(
+                        f"{path}: {len(arrived):,} bytes in {seconds:.0f} s, which is too slow to "
+                        "wait for; check the storage and start again"
+                    )
+        return bytes(arrived)
 
     def open(self, name: str, size: int, sha256: bytes) -> StoredFile:
         """Opens the local copy of a shard; it is downloaded where there is none.

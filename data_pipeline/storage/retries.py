@@ -5,6 +5,7 @@ A file that is not there is no such failure: it is reported at once.
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from collections.abc import Callable
@@ -54,6 +55,11 @@ def with_retries(
         except PermissionError as error:
             raise InputError(f"{what}: cannot be read (permission denied); change it") from error
         except transient as error:
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                raise StorageError(
+                    f"{what}: too many open files; raise the limit of the process (`ulimit -n`), "
+                    "or read fewer sources"
+                ) from error
             reason = masked(" ".join(str(error).split())) or type(error).__name__
             if attempt == options.attempts:
                 raise StorageError(

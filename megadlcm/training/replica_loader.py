@@ -10,12 +10,14 @@ So storage is asked once per replica, and all its processes train on the same by
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from data_pipeline.config import DataConfig
 from data_pipeline.reading.batch import PackedBatch, Skipped, StepBatch
 from data_pipeline.reading.loader import StepLoader
 from data_pipeline.reading.packing import token_index
@@ -26,6 +28,9 @@ from megadlcm.engine.state import TrainState
 from megadlcm.parallel.mesh import ParallelMesh
 from megadlcm.parallel.watch.activity import doing
 from megadlcm.plan.stages import cut_chunks
+
+_SHARE_OF_PATIENCE = 0.8
+"""Of the wait of processes for each other: who waits for the storage speaks first."""
 
 ABSENT = -1
 """Stands for every token on a stage that needs none: an embedding or a loss would refuse it."""
@@ -171,7 +176,7 @@ def open_loader(
     if mesh.reads_data:
         phase = Phase.from_dict(state.data_phases[-1]) if state.data_phases else None
         loader = StepLoader(
-            config.data,
+            _patient_data(config, mesh),
             global_batch_size=config.training.global_batch_size,
             micro_batch_size=config.training.micro_batch_size,
             data_parallel_rank=mesh.data_parallel_rank,
@@ -186,6 +191,14 @@ def open_loader(
         parallel.pipeline_placement,
     )
     return ReplicaLoader(loader, mesh, config.data.seq_len, chunks[0].stage, chunks[-1].stage)
+
+
+def _patient_data(config: RunConfig, mesh: ParallelMesh) -> DataConfig:
+    """The data settings, with a wait for the storage that ends before the others' for this one."""
+    if mesh.world_size == 1:
+        return config.data
+    longest = _SHARE_OF_PATIENCE * config.parallel.collective_timeout_seconds
+    return replace(config.data, timeout_seconds=min(config.data.timeout_seconds, longest))
 
 
 def _joined(parts: list[np.ndarray]) -> torch.Tensor:

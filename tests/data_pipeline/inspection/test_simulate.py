@@ -227,13 +227,19 @@ def test_a_stretch_shorter_than_a_step_has_figures(make_numbered: MakeNumbered) 
     assert "0 whole ones of 512 samples" in render_simulation(found, data, RunShape(512, 4, 512))
 
 
-def test_advice_on_the_cache_and_on_shards_that_are_too_small(make_numbered: MakeNumbered) -> None:
+def test_advice_on_the_cache_and_on_a_block_of_more_than_is_kept(
+    make_numbered: MakeNumbered, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Both cost time in a long run and are seen here first."""
     source = without_shards(make_numbered([10] * (KEPT_SHARDS + 8), 10, "tiny"))
     data = config_of(source, cache_bytes=1000)
     shape = RunShape(4, 1, 40)
     shown = render_simulation(Simulator(data, 0, 20).figures(shape), data, shape)
     assert "data.cache_bytes = 1,000 is TOO SMALL" in shown
+    # so small that all of their tables are kept
+    assert f"touches {KEPT_SHARDS + 8} shards" not in shown
+    monkeypatch.setattr("data_pipeline.inspection.simulate.KEPT_BYTES", 1000)
+    shown = render_simulation(Simulator(data, 0, 20).figures(shape), data, shape)
     assert f"touches {KEPT_SHARDS + 8} shards" in shown and "shuffle_block" in shown
     calm = config_of(source, shuffle_block=4)
     shown = render_simulation(Simulator(calm, 0, 20).figures(shape), calm, shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -14,11 +15,14 @@ import pytest
 
 from data_pipeline import open_samples, read_index
 from data_pipeline.config import SourceConfig
-from data_pipeline.errors import DamagedDataError, InputError
+from data_pipeline.errors import DamagedDataError, InputError, StorageError
 from data_pipeline.inspection.verify import verify_folder
+from data_pipeline.reading.least_recent import KEPT_SHARDS
+from data_pipeline.reading.open_files import OpenFiles, most_files
 from data_pipeline.reading.shards import ShardReader, open_documents
 from data_pipeline.shard_format.index import Shard, ShardIndex
 from data_pipeline.shard_format.table import CHECKSUM_TOKENS, decode_table
+from data_pipeline.storage.local import LocalFolder
 from data_pipeline.storage.open import open_storage
 from tests.support.damage import change_index, flip
 from tests.support.samples import check_sources
@@ -258,6 +262,7 @@ def test_a_reader_keeps_few_files_open(
 ) -> None:
     """100,000 shards must not need 100,000 descriptors."""
     monkeypatch.setattr("data_pipeline.reading.shards.KEPT_SHARDS", 2)
+    monkeypatch.setattr("data_pipeline.reading.shards.KEPT_BYTES", 0)
     source = make_numbered([4] * 12, shard_tokens=4)
     descriptors = Path("/proc/self/fd")
     if not descriptors.is_dir():
@@ -269,6 +274,74 @@ def test_a_reader_keeps_few_files_open(
     assert len(list(descriptors.iterdir())) == before + 2
     reader.close()
     assert len(list(descriptors.iterdir())) == before
+
+
+def test_small_shards_of_a_large_block_are_all_kept(
+    make_numbered: MakeNumbered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than KEPT_SHARDS of them: their tables are read once, and not again and again."""
+    source = make_numbered([4] * (KEPT_SHARDS + 8), shard_tokens=4)
+    read: list[str] = []
+    exact = LocalFolder.read_bytes
+
+    def counted(self: LocalFolder, name: str) -> bytes:
+        read.append(name)
+        return exact(self, name)
+
+    monkeypatch.setattr(LocalFolder, "read_bytes", counted)
+
+    def tables_read(reader: ShardReader) -> int:
+        read.clear()
+        for shard in [*range(KEPT_SHARDS + 8)] * 2:
+            reader.shard(shard)
+        return len(read)
+
+    assert tables_read(reader_of(source)) == KEPT_SHARDS + 8
+    # the control: as many large tables would fill the memory, and go
+    monkeypatch.setattr("data_pipeline.reading.shards.KEPT_BYTES", 0)
+    assert tables_read(reader_of(source)) == 2 * (KEPT_SHARDS + 8)
+
+
+def test_shards_of_all_sources_share_the_descriptors_of_a_process(
+    make_numbered: MakeNumbered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each source keeps all of its shards at hand; their files are given back and opened again."""
+    descriptors = Path("/proc/self/fd")
+    if not descriptors.is_dir():
+        pytest.skip("no /proc: descriptors cannot be counted; run on Linux")
+    monkeypatch.setattr("data_pipeline.reading.open_files.most_files", lambda: 5)
+    monkeypatch.setattr("data_pipeline.reading.shards.OPEN_FILES", OpenFiles())
+    source = make_numbered([4] * 12, shard_tokens=4)
+    readers = [reader_of(source) for _ in range(3)]
+    before = len(list(descriptors.iterdir()))
+    expected = [readers[0].shard(shard).tokens(0, 0, 4) for shard in range(12)]
+    for reader in readers * 2:
+        assert [reader.shard(shard).tokens(0, 0, 4) for shard in range(12)] == expected
+        assert before < len(list(descriptors.iterdir())) <= before + 5
+
+
+def test_the_bound_on_files_follows_the_limit_of_the_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for limit, most in ((1024, 768), (256, 64), (40, 16), (-1, 2**20 - 256)):
+        monkeypatch.setattr("resource.getrlimit", lambda _, limit=limit: (limit, limit))
+        assert most_files() == most
+
+
+def test_a_process_without_descriptors_is_told_so(
+    make_numbered: MakeNumbered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not the storage that does not answer, and no pause mends it."""
+    source = make_numbered([4], shard_tokens=4)
+    reader = reader_of(source)
+    reader.shard(0)
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("os.open", refuse)
+    with pytest.raises(StorageError, match=r"too many open files; raise .* \(`ulimit -n`\)"):
+        reader.shard(0).tokens(0, 0, 4)
 
 
 def test_a_token_above_the_index_is_found_by_verify(source: SourceConfig) -> None:

@@ -14,6 +14,7 @@ import pytest
 from data_pipeline.errors import DamagedDataError, InputError, StorageError
 from data_pipeline.storage import cache
 from data_pipeline.storage.cache import ShardCache
+from data_pipeline.storage.local import LocalFile
 from tests.support.cache_processes import CHUNK_BYTES, FolderStore, copies_in, files_in
 
 SHARD = bytes(range(256)) * 16
@@ -38,6 +39,34 @@ def test_a_shard_is_downloaded_once(store: FolderStore) -> None:
     other = FolderStore(store.folder, store.cache_dir, store.cache_bytes)
     assert other.open("a").pread(10, 20) == (b"a" + SHARD)[20:30]
     assert store.downloads == ["a"] and copies_in(store.cache_dir) == ["a"]
+
+
+def test_a_copy_that_somebody_has_changed_is_downloaded_again(
+    store: FolderStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its checksums are right: a process hashes each copy that it did not make, once."""
+    assert store.read("a") == b"a" + SHARD
+    (path,) = [path for path in files_in(store.cache_dir) if path.name.startswith("a.")]
+    path.write_bytes(b"z" + SHARD)
+    other = FolderStore(store.folder, store.cache_dir, store.cache_bytes)
+    assert other.read("a") == b"a" + SHARD and other.downloads == ["a", "a"]
+    assert "not the shard that was written, downloaded again" in caplog.text
+    # what this process has downloaded or hashed itself costs nothing more
+    hashed: list[int] = []
+    exact = cache._digest
+
+    def counted(file: LocalFile, size: int) -> bytes:
+        hashed.append(size)
+        return exact(file, size)
+
+    monkeypatch.setattr(cache, "_digest", counted)
+    for _ in range(3):
+        other.read("a")
+    assert hashed == []
+    third = FolderStore(store.folder, store.cache_dir, store.cache_bytes)
+    for _ in range(3):
+        third.read("a")
+    assert hashed == [len(b"a" + SHARD)] and third.downloads == ["a", "a"]
 
 
 def test_folders_of_two_urls_are_kept_apart(store: FolderStore, tmp_path: Path) -> None:
