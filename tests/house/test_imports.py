@@ -26,20 +26,21 @@ _RUN_FOLDER = (
     "data_pipeline.output_folder",
     "data_pipeline.storage.locks",
 )
+_DATA = ("data_pipeline.errors", "data_pipeline.masking", "data_pipeline.small_file")
 MAY_IMPORT = {
     "data_pipeline": (),
-    "data_pipeline.storage": ("data_pipeline.errors",),
-    "data_pipeline.config": ("data_pipeline.errors", "data_pipeline.storage"),
-    "data_pipeline.shard_format": ("data_pipeline.errors", "data_pipeline.storage"),
+    "data_pipeline.storage": _DATA,
+    "data_pipeline.config": (*_DATA, "data_pipeline.storage"),
+    "data_pipeline.shard_format": (*_DATA, "data_pipeline.storage"),
     "data_pipeline.reading": (
-        "data_pipeline.errors",
+        *_DATA,
         "data_pipeline.config",
         "data_pipeline.storage",
         "data_pipeline.shard_format",
         "data_pipeline.tokenizer",
     ),
     "data_pipeline.prepare": (
-        "data_pipeline.errors",
+        *_DATA,
         "data_pipeline.options",
         "data_pipeline.output_folder",
         "data_pipeline.progress",
@@ -51,14 +52,14 @@ MAY_IMPORT = {
     "data_pipeline.inspection": ("data_pipeline",),
     "data_pipeline.commands": ("data_pipeline",),
     "megadlcm": ("megadlcm.commands",),
-    "megadlcm.config": ("data_pipeline.config", "data_pipeline.errors"),
+    "megadlcm.config": ("data_pipeline.config", "data_pipeline.errors", "data_pipeline.masking"),
     "megadlcm.plan": _CONFIG,
     "megadlcm.run_folder": _RUN_FOLDER,
     "megadlcm.ops": ("megadlcm.config.constants", "megadlcm.config.kernels"),
     "megadlcm.model": _MODEL,
     "megadlcm.parallel": _PARALLEL,
     "megadlcm.engine": _ENGINE,
-    "megadlcm.checkpoint": (*_ENGINE, *_RUN_FOLDER),
+    "megadlcm.checkpoint": (*_ENGINE, *_RUN_FOLDER, "data_pipeline.masking"),
     "megadlcm.inference": (*_PARALLEL, "megadlcm.run_folder", "data_pipeline"),
     "megadlcm.training": (
         *_ENGINE,

@@ -9,7 +9,7 @@ import pytest
 
 from megadlcm.parallel.watch.activity import doing
 from megadlcm.parallel.watch.watchdog import EXIT_CODE, EXIT_CODE_OF_SIGTERM, Watchdog
-from tests.parallel.watch.test_watchdog import INTERVAL, TIMEOUT, Ended, Run, said
+from tests.support.watched_run import INTERVAL, TIMEOUT, Ended, Run, said
 
 
 @pytest.fixture
