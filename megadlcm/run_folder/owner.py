@@ -144,31 +144,43 @@ def _sign(lock: FileLock, path: Path, own: Owner) -> None:
 
 
 def _take_name(path: Path, own: Owner) -> None:
-    """Makes the file, which only one start can, after moving that of a dead holder away."""
+    """Makes the file, which only one start can, also in the place of a dead holder's."""
     mine = path.with_name(f"{path.name}.{own.attempt}")
     try:
-        # whole before it has the name; a link is made by one alone, on NFS too
         mine.write_bytes(_encode(own))
-        while True:
-            with contextlib.suppress(FileExistsError):
-                os.link(mine, path)
-                return
-            found = read_owner(path)
-            if found is None and not path.exists():
-                continue  # its holder has just ended
-            if found is not None and not found.is_dead:
-                raise _refusal(path, found, f"; if that process is gone, remove {path}")
-            # by the name, not by removal: another start may have done so, and made its own
-            away = path.with_name(f"{mine.name}.dead")
-            with contextlib.suppress(FileNotFoundError):
-                os.rename(path, away)
-                moved = read_owner(away)
-                if moved != found:
-                    with contextlib.suppress(FileExistsError):
-                        os.link(away, path)
-                away.unlink()
+        _claim(path, mine)
     finally:
         mine.unlink(missing_ok=True)
+
+
+def _claim(path: Path, mine: Path) -> None:
+    """Gives the file of this start another name, unless a process that lives has it.
+
+    Raises:
+        InputError: a process that may live has it, or is about to take it from a dead one.
+    """
+    while True:
+        with contextlib.suppress(FileExistsError):
+            # whole before it has the name; a link is made by one alone, on NFS too
+            os.link(mine, path)
+            return
+        found = read_owner(path)
+        if found is None and not path.exists():
+            continue  # its holder has just ended
+        if found is not None and not found.is_dead:
+            raise _refusal(path, found, f"; if that process is gone, remove {path}")
+        # who has this name may replace the file of that dead holder, and nobody else
+        right = path.with_name(f"{path.name}.after-{found.attempt if found else 'unknown'}")
+        _claim(right, mine)
+        try:
+            # another start may have done so, and given the name of its right back
+            if path.exists() and read_owner(path) == found:
+                new = mine.with_name(f"{mine.name}.new")
+                os.link(mine, new)
+                os.replace(new, path)
+                return
+        finally:
+            right.unlink(missing_ok=True)
 
 
 def _refusal(path: Path, found: Owner | None, more: str = "") -> InputError:

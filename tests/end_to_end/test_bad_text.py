@@ -55,7 +55,7 @@ def test_an_empty_document_may_be_left_out_and_is_counted(
         ("--tokenizer", "text.jsonl", ["text.jsonl: not a tokenizer.json", "data tokenizer"]),
         ("--input", "absent*", ["absent*: matches no file", "check the pattern"]),
         ("--input", "empty.jsonl", ["no documents in 1 files", "check the pattern"]),
-        ("--input", "picture.png", ["picture.png", ".jsonl", "source tree"]),
+        ("--input", "picture.png", ["picture.png", ".jsonl", "source code"]),
         ("--output", "text.jsonl", ["text.jsonl: is a file, must be a folder", "another name"]),
         ("--output", "text.jsonl/below", ["must be a folder that can be written to"]),
         ("--output", "finished", ["holds finished shards", "--overwrite"]),
