@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import signal
+import threading
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -19,7 +21,7 @@ from megadlcm.parallel.environment import (
 from megadlcm.parallel.groups import forget_groups, make_mesh
 from megadlcm.parallel.mesh import ParallelMesh
 from megadlcm.parallel.rendezvous import RendezvousError, meet, without_stack_traces
-from megadlcm.parallel.watch.activity import doing
+from megadlcm.parallel.watch.activity import THIS_PROCESS, doing
 from megadlcm.parallel.watch.watchdog import first_line, report_failure, start_watch, stop_watch
 
 
@@ -92,6 +94,10 @@ def abandon_process_group() -> None:
     """Lets a process that failed end at once: to leave in order would wait for the others."""
     stop_watch()  # a thread inside of the store at the end of the interpreter aborts the process
     atexit.unregister(leave_process_group)
+    # it is about to say why a collective broke: a launcher that asks now has not long to wait
+    is_main = threading.current_thread() is threading.main_thread()
+    if THIS_PROCESS.broke_in is not None and is_main:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def leave_process_group() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 
 import pytest
 
-from megadlcm.parallel.watch.activity import doing
+from megadlcm.parallel.process_group import abandon_process_group
+from megadlcm.parallel.watch.activity import THIS_PROCESS, doing
 from megadlcm.parallel.watch.watchdog import EXIT_CODE, EXIT_CODE_OF_SIGTERM, Watchdog
 from tests.support.watched_run import INTERVAL, TIMEOUT, Ended, Run, said
 
@@ -150,3 +152,15 @@ def test_a_store_that_went_with_rank_0_ends_a_wait_before_its_timeout(
     run.watch(mine, 50 * INTERVAL)  # computing: whoever ended in order may be gone
     assert run.waits_for_ever(mine) < 10 * mine.interval
     assert "rank 0 (" in (line := said(capsys)) and "is gone" in line
+
+
+@pytest.mark.parametrize("broke_in", [None, "backward pass"])
+def test_only_who_is_about_to_say_why_outlives_another_request(
+    broke_in: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(THIS_PROCESS, "broke_in", broke_in)
+    abandon_process_group()
+    ignored = signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    signal.signal(signal.SIGTERM, handler)
+    assert ignored == (broke_in is not None)
