@@ -12,14 +12,16 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 
 from data_pipeline.errors import StorageError
 from data_pipeline.reading.batch import StepBatch
 from data_pipeline.reading.loader import StepLoader
 from megadlcm.config import RunConfig
+from megadlcm.parallel.mesh import ParallelMesh
 from megadlcm.parallel.process_group import join_process_group
 from megadlcm.parallel.watch.activity import THIS_PROCESS, doing
-from megadlcm.training.replica_loader import ABSENT, ReplicaLoader, open_loader
+from megadlcm.training.replica_loader import ABSENT, ReplicaLoader, _patient_data, open_loader
 from tests.support.distributed import run_distributed
 
 MakeRun = Callable[..., RunConfig]
@@ -123,3 +125,22 @@ def test_others_are_told_that_a_process_reads(make_run: MakeRun) -> None:
         with pytest.raises(RuntimeError), doing("a collective"):
             raise RuntimeError
         assert THIS_PROCESS.broke_in == "a collective"
+
+
+@pytest.mark.parametrize(
+    ("processes", "data_seconds", "collective_seconds", "longest"),
+    [(1, 600.0, 600.0, 600.0), (4, 600.0, 600.0, 480.0), (4, 60.0, 600.0, 60.0)],
+)
+def test_who_waits_for_the_storage_speaks_before_those_who_wait_for_it(
+    make_run: Callable[..., RunConfig],
+    processes: int,
+    data_seconds: float,
+    collective_seconds: float,
+    longest: float,
+) -> None:
+    config = make_run(
+        data={"timeout_seconds": data_seconds},
+        parallel={"collective_timeout_seconds": collective_seconds},
+    )
+    mesh = ParallelMesh(0, processes, 0, torch.device("cpu"))
+    assert _patient_data(config, mesh).timeout_seconds == longest
