@@ -198,7 +198,8 @@ def start_torchrun(corpus: Path, tmp_path: Path) -> tuple[subprocess.Popen[str],
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
     )
-    wait_for_step([launcher], folder)
+    # far enough for every process to have shown a step: a place is shown within a second
+    wait_for_step([launcher], folder, step=40)
     children = children_of(launcher.pid)
     assert len(children) == 4
     return launcher, children, folder
