@@ -44,6 +44,8 @@ class LaunchEnvironment:
     """How often the launcher started the processes before; it keeps one store for all of them."""
     is_store_of_launcher: bool = False
     """Whether the store of the run lives in the launcher, and not with rank 0."""
+    is_child_of_launcher: bool = False
+    """Whether the launcher is to outlive this process, and nobody else would end it: torchrun."""
     has_own_device: bool = False
     """Whether a single visible GPU is that of this process alone."""
 
@@ -93,6 +95,7 @@ def _process_of_torchrun(environ: Mapping[str, str]) -> LaunchEnvironment:
         start="" if run_id is None else f"torchrun {run_id}",
         attempt=_number(environ, "TORCHELASTIC_RESTART_COUNT", default=0),
         is_store_of_launcher=_flag(environ, "TORCHELASTIC_USE_AGENT_STORE"),
+        is_child_of_launcher=run_id is not None,
     )
 
 

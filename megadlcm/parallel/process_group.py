@@ -65,8 +65,8 @@ def _initialize(
         # in memory: needs no port, so that nothing can collide with it
         own = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=own, rank=0, world_size=1)
-        if launch.is_store_of_launcher:  # only for the launcher's end, which leaves an orphan
-            start_watch(own, 0, 1, patience, False)
+        if launch.is_child_of_launcher:  # only for the launcher's end, which leaves an orphan
+            start_watch(own, 0, 1, patience, False, True)
         return
     if not launch.master_address:
         raise InputError(
@@ -78,7 +78,9 @@ def _initialize(
     with without_stack_traces():
         store, board = meet(launch, name, patience)
     rank, world_size = launch.rank, launch.world_size
-    start_watch(board, rank, world_size, patience, not launch.is_store_of_launcher)
+    is_hosted_by_rank_0 = not launch.is_store_of_launcher
+    is_child = launch.is_child_of_launcher
+    start_watch(board, rank, world_size, patience, is_hosted_by_rank_0, is_child)
     try:
         with doing("start of the process group"):
             dist.init_process_group(

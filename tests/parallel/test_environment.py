@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import pytest
@@ -58,9 +59,13 @@ def test_a_start_without_a_launcher_is_one_process(environ: dict[str, str]) -> N
 
 
 def test_torchrun_says_everything() -> None:
-    assert launch_environment(TORCHRUN) == LaunchEnvironment(
-        3, 8, 1, "10.0.0.7", 29512, "torchrun none", attempt=2, is_store_of_launcher=True
+    expected = LaunchEnvironment(
+        3, 8, 1, "10.0.0.7", 29512, "torchrun none", 2, True, is_child_of_launcher=True
     )
+    assert launch_environment(TORCHRUN) == expected
+    # TORCH_DISABLE_SHARE_RDZV_TCP_STORE: the store is with rank 0, the parent is the launcher
+    shared = launch_environment(TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": "False"})
+    assert shared == dataclasses.replace(expected, is_store_of_launcher=False)
 
 
 def test_what_torchrun_says_may_be_said_by_hand() -> None:

@@ -61,6 +61,7 @@ class Watchdog:
         world_size: processes of the run.
         timeout_seconds: longest phase of waiting.
         is_hosted_by_rank_0: whether the store lives and dies with rank 0, not with a launcher.
+        is_child_of_launcher: whether it ends when its parent does.
         activity: what the process does, and the clock by which its phases are measured.
         end: ends the process; for tests.
     """
@@ -72,11 +73,13 @@ class Watchdog:
         world_size: int,
         timeout_seconds: float,
         is_hosted_by_rank_0: bool = True,
+        is_child_of_launcher: bool = False,
         activity: Activity = THIS_PROCESS,
         end: Callable[[int], Any] = os._exit,
     ) -> None:
         self.rank, self.world_size, self.timeout_seconds = rank, world_size, timeout_seconds
         self.is_hosted_by_rank_0 = is_hosted_by_rank_0
+        self.is_child_of_launcher = is_child_of_launcher
         self.activity, self.clock, self.end = activity, activity.clock, end
         self.interval = min(_LONGEST_INTERVAL, timeout_seconds / 5)
         self.host, self.pid = socket.gethostname(), os.getpid()
@@ -225,9 +228,10 @@ class Watchdog:
                 self.send_heartbeat()
 
     def _launcher_is_gone(self) -> bool:
-        if self.is_hosted_by_rank_0:
-            return False
-        return self.board.is_gone or os.getppid() != self._parent
+        # wherever the store is: torchrun may leave it to rank 0
+        if self.is_child_of_launcher and os.getppid() != self._parent:
+            return True
+        return self.board.is_gone and not self.is_hosted_by_rank_0
 
     def _consider_the_end(self, phase: Phase) -> None:
         """Ends the process, unless the others are alive and may take longer, or came after all."""
@@ -300,7 +304,12 @@ _watchdog: Watchdog | None = None
 
 
 def start_watch(
-    store: Store, rank: int, world_size: int, timeout_seconds: float, is_hosted_by_rank_0: bool
+    store: Store,
+    rank: int,
+    world_size: int,
+    timeout_seconds: float,
+    is_hosted_by_rank_0: bool,
+    is_child_of_launcher: bool,
 ) -> None:
     """Starts heartbeat and watch of this process.
 
@@ -310,10 +319,12 @@ def start_watch(
         world_size: processes of the run.
         timeout_seconds: longest phase of waiting.
         is_hosted_by_rank_0: whether the store lives and dies with rank 0, not with a launcher.
+        is_child_of_launcher: whether it ends when its parent does.
     """
     global _watchdog
     if _watchdog is None:
-        _watchdog = Watchdog(store, rank, world_size, timeout_seconds, is_hosted_by_rank_0)
+        launcher = is_hosted_by_rank_0, is_child_of_launcher
+        _watchdog = Watchdog(store, rank, world_size, timeout_seconds, *launcher)
         _watchdog.start()
 
 

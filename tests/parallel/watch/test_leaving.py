@@ -115,27 +115,30 @@ def test_a_launcher_that_is_gone_is_an_event_whatever_the_process_does(
         def add(self, key: str, amount: int) -> int:
             raise ConnectionError
 
-    def worker(store: object, hosted: bool) -> Watchdog:
+    def worker(store: object, hosted: bool, child: bool) -> Watchdog:
         def end(code: int) -> None:
             raise Ended(code)
 
-        return Watchdog(store, 1, 3, TIMEOUT, hosted, run.activities[1], end)
+        return Watchdog(store, 1, 3, TIMEOUT, hosted, child, run.activities[1], end)
 
     run.lives(0, 2)
-    of_launcher, of_rank_0 = worker(run.store, False), worker(run.store, True)
-    for watchdog in (of_launcher, of_rank_0):
+    # torchrun keeps the store, or leaves it to rank 0
+    children = [worker(run.store, hosted, True) for hosted in (False, True)]
+    by_hand = worker(run.store, True, False)
+    for watchdog in (*children, by_hand):
         run.watch(watchdog, 4 * TIMEOUT)  # as long as all is well
-    lost_store = worker(Closed(), False)
+    lost_store = worker(Closed(), False, False)
     with pytest.raises(Ended, match=f"^{EXIT_CODE}$"):
         run.watch(lost_store, 3 * INTERVAL)
     line = said(capsys)
     assert line.startswith("error: step 7: rank 1 (") and "the launcher is gone" in line
     monkeypatch.setattr(os, "getppid", lambda: 1)
-    with pytest.raises(Ended, match=f"^{EXIT_CODE}$"):
-        run.watch(of_launcher, 2 * INTERVAL)
-    assert "the launcher is gone" in said(capsys)
+    for watchdog in children:
+        with pytest.raises(Ended, match=f"^{EXIT_CODE}$"):
+            run.watch(watchdog, 2 * INTERVAL)
+        assert "the launcher is gone" in said(capsys)
     # a process that nobody watches over may outlive the shell that started it
-    run.watch(of_rank_0, 4 * TIMEOUT)
+    run.watch(by_hand, 4 * TIMEOUT)
 
 
 def test_a_store_that_went_with_rank_0_ends_a_wait_before_its_timeout(
