@@ -20,7 +20,12 @@ from megadlcm.parallel.environment import (
 )
 from megadlcm.parallel.groups import forget_groups, make_mesh
 from megadlcm.parallel.mesh import ParallelMesh
-from megadlcm.parallel.rendezvous import RendezvousError, meet, without_stack_traces
+from megadlcm.parallel.rendezvous import (
+    RendezvousError,
+    find_launcher,
+    meet,
+    without_stack_traces,
+)
 from megadlcm.parallel.watch.activity import THIS_PROCESS, doing
 from megadlcm.parallel.watch.watchdog import first_line, report_failure, start_watch, stop_watch
 
@@ -67,6 +72,12 @@ def _initialize(
         dist.init_process_group(backend, store=own, rank=0, world_size=1)
         if launch.is_child_of_launcher:  # only for the launcher's end, which leaves an orphan
             start_watch(own, 0, 1, patience, False, True)
+        if launch.is_store_of_launcher:
+            try:  # after the watch knows the parent: from then on it would see it end
+                find_launcher(launch, name, patience)
+            except RendezvousError:
+                abandon_process_group()
+                raise
         return
     if not launch.master_address:
         raise InputError(

@@ -81,6 +81,15 @@ def meet(launch: LaunchEnvironment, name: str, timeout_seconds: float) -> tuple[
         raise
 
 
+def find_launcher(launch: LaunchEnvironment, name: str, timeout_seconds: float) -> None:
+    """Looks whether the launcher that keeps the store of the run is still there.
+
+    Raises:
+        RendezvousError: it is not.
+    """
+    _Rendezvous(launch, name, timeout_seconds).reach()
+
+
 class _Rendezvous:
     """One process that looks for the others.
 
@@ -125,7 +134,7 @@ class _Rendezvous:
         """A connection of its own to the store, under the name of the run."""
         with contextlib.ExitStack() as stack:
             listener = stack.enter_context(self._listen()) if is_host else None
-            self._wait_for_listener()  # torch's own waiting takes longer, and writes a stack trace
+            self.reach()  # torch's own waiting takes longer, and writes a stack trace
             store = dist.TCPStore(  # type: ignore[attr-defined]
                 self.launch.master_address,
                 self.launch.master_port,
@@ -172,7 +181,8 @@ class _Rendezvous:
             f"rank 0 of {self.run} cannot open the rendezvous at {self.place}: {why}; {_OWN_PORT}"
         ) from failure
 
-    def _wait_for_listener(self) -> None:
+    def reach(self) -> None:
+        """Returns when somebody listens where the store of the run is."""
         address = (self.launch.master_address, self.launch.master_port)
         pause = 0.05
         while True:
@@ -181,10 +191,19 @@ class _Rendezvous:
                 socket.create_connection(address, timeout=max(left, 0.1)).close()
                 return
             except OSError as error:
+                # a launcher opens its store before it starts processes, and nobody opens it again
+                if self._finds_no_launcher(error) and pause >= _LONGEST_PAUSE:
+                    raise RendezvousError(
+                        f"rank {self.launch.rank}: the launcher is gone: nobody listens at "
+                        f"{self.place}, where it keeps the store of the run"
+                    ) from error
                 if pause > left:
                     raise self._unreachable(error) from error
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _finds_no_launcher(self, error: OSError) -> bool:
+        return self.launch.is_store_of_launcher and isinstance(error, ConnectionRefusedError)
 
     def _unreachable(self, error: OSError) -> RendezvousError:
         what, hint = f"{self.host} did not open the rendezvous", "see what it says itself; "

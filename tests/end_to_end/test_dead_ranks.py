@@ -17,6 +17,9 @@ from typing import Any
 import pytest
 
 from data_pipeline.shard_format.table import decode_table
+from megadlcm.parallel.environment import launch_environment
+from megadlcm.parallel.rendezvous import _Rendezvous
+from megadlcm.parallel.watch.heartbeat import Board
 from tests.support.distributed import free_port, rank_environment
 from tests.support.train_processes import last_step, write_run_file
 
@@ -209,6 +212,7 @@ def test_torchrun_leaves_no_process_behind_and_the_killed_one_is_named_first(
     corpus: Path, tmp_path: Path
 ) -> None:
     launcher, children, _ = start_torchrun(corpus, tmp_path)
+    wait_until_shown_in_a_step(children[2], rank=2)
     os.kill(children[2], signal.SIGKILL)
     _, complaints = launcher.communicate(timeout=TIMEOUT + 2 * GRACE)
     assert launcher.returncode == 1
@@ -245,6 +249,18 @@ def test_workers_of_a_launcher_that_was_killed_end_by_themselves(
     launcher.stderr.close()
 
 
+def test_a_single_process_whose_launcher_ended_before_it_looked_does_not_train(
+    start: StartRanks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher ended while libraries were imported: the parent is another one by then."""
+    for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.setenv(name, "True")
+    ranks, folder = start(1)
+    (line,) = errors_of(ranks, victim=-1)
+    assert line.startswith("error: rank 0: the launcher is gone"), line
+    assert last_step(folder) == 0
+
+
 @pytest.fixture
 def adopts_orphans() -> Iterator[None]:
     """This process inherits those whose parents end, and so knows how they end."""
@@ -266,6 +282,18 @@ def test_a_rank_that_cannot_open_its_log_is_named_by_the_others(
     assert f"rank {victim} (" in line and "failed: " in line and "rank_000" in line, line
     _, complaints = ranks[victim].communicate(timeout=GRACE)
     assert ranks[victim].returncode == 2 and complaints.count("error: ") == 1
+
+
+def wait_until_shown_in_a_step(pid: int, rank: int) -> None:
+    """Waits until the board shows a process of torchrun in a step, as others would find it."""
+    entries = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    launch = launch_environment(dict(entry.split("=", 1) for entry in entries if entry))
+    rendezvous = _Rendezvous(launch, "tiny", timeout_seconds=60.0)
+    board = Board(rendezvous._connect(), launch.world_size, patience=60.0)
+    deadline = time.monotonic() + 120.0
+    while not any(one.place.startswith("step ") for one in (board.read([rank]) or {}).values()):
+        assert time.monotonic() < deadline, "it never came to a step"
+        time.sleep(0.05)
 
 
 def children_of(pid: int) -> list[int]:

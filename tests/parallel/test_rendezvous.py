@@ -23,7 +23,7 @@ from megadlcm.config import ParallelConfig
 from megadlcm.parallel import rendezvous
 from megadlcm.parallel.environment import LaunchEnvironment
 from megadlcm.parallel.process_group import join_process_group
-from megadlcm.parallel.rendezvous import RendezvousError, meet
+from megadlcm.parallel.rendezvous import RendezvousError, find_launcher, meet
 from tests.support.distributed import become_own_process, fork, free_port, rank_environment
 
 SOON, LATE = 0.3, 60.0
@@ -105,6 +105,21 @@ def test_an_address_that_nobody_knows_is_named_by_all(rank: int, named: str) -> 
     text = hear(launch, SOON)
     assert text is not None and text.startswith(named)
     assert f"no-such-host.invalid:{port} within 0.3 s" in text and "MASTER_ADDR must be" in text
+
+
+def test_a_launcher_that_is_gone_is_not_waited_for() -> None:
+    """Its store was open before it started a process; rank 0 may open one yet."""
+    port = free_port()
+    launch = launched(1, port, is_store_of_launcher=True)
+    text = hear(launch, LATE)
+    assert text is not None and text.startswith("rank 1: the launcher is gone: nobody listens")
+    assert f"127.0.0.1:{port}" in text
+    with pytest.raises(RendezvousError, match=r"^rank 0: the launcher is gone.*"):
+        find_launcher(replace(launch, rank=0, world_size=1), "small", LATE)
+    with listening(None) as alive:
+        find_launcher(replace(launch, rank=0, world_size=1, master_port=alive), "small", LATE)
+    text = hear(launched(1, port), SOON)
+    assert text is not None and text.startswith("rank 0 did not open the rendezvous")
 
 
 # -- a port on which something else listens -----------------------------------------------------
