@@ -40,8 +40,6 @@ class LaunchEnvironment:
     """Port on which rank 0 listens."""
     start: str = ""
     """What the launcher calls this start of the run, in words; the same for all its processes."""
-    attempt: int = 0
-    """How often the launcher started the processes before; it keeps one store for all of them."""
     is_store_of_launcher: bool = False
     """Whether the store of the run lives in the launcher, and not with rank 0."""
     is_child_of_launcher: bool = False
@@ -93,7 +91,6 @@ def _process_of_torchrun(environ: Mapping[str, str]) -> LaunchEnvironment:
         _address(environ, "MASTER_ADDR"),
         _port(environ, DEFAULT_MASTER_PORT),
         start="" if run_id is None else f"torchrun {run_id}",
-        attempt=_number(environ, "TORCHELASTIC_RESTART_COUNT", default=0),
         is_store_of_launcher=_flag(environ, "TORCHELASTIC_USE_AGENT_STORE"),
         is_child_of_launcher=run_id is not None,
     )

@@ -2,8 +2,11 @@
 
 Under one address another run may meet, or a program that knows nothing of runs may listen. So the
 host of a store says whose it is, the keys of a run bear its name, and each rank is claimed by one
-process. What hangs in there hangs in torch, whose store waits without limit for a host that is
-stopped or never answers: all of it is done by a thread that nobody waits for longer than allowed.
+process. A launcher keeps its store when it starts a run again, and counts its starts on each node
+for itself: so rank 0 names every start anew, the others come to the newest one, and go on once
+rank 0 says that it saw all of them. What hangs in there hangs in torch, whose store waits without
+limit for a host that is stopped or never answers: all of it is done by a thread that nobody waits
+for longer than allowed.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future
 from datetime import timedelta
@@ -27,6 +31,7 @@ from megadlcm.parallel.environment import LaunchEnvironment
 from megadlcm.parallel.watch.watchdog import first_line
 
 _LONGEST_PAUSE = 1.0
+_LONGEST_PAUSE_OF_STORE = 0.25
 _SECONDS_OF_HOSTING = 5.0
 """How long the process that holds the store stays, for others to read what it found."""
 _SECONDS_OF_GRACE = 5.0
@@ -36,6 +41,8 @@ _BACKLOG = 2048
 _KEY = "parallel.collective_timeout_seconds"
 _OWN_PORT = "give this run a port of its own (MASTER_PORT)"
 _OWNER = "rendezvous/owner"
+_START = "rendezvous/start"
+"""Name of the newest start, by rank 0."""
 _VERDICT = "rendezvous/verdict"
 
 
@@ -105,6 +112,8 @@ class _Rendezvous:
         start = f" ({launch.start})" if launch.start else ""
         self.run = f"{name} of {launch.world_size} processes{start}"
         self.me = f"{socket.gethostname()}, pid {os.getpid()}"
+        # hosts and pids may be the same in two containers
+        self.claim = f"{self.me}\n{uuid.uuid4().hex}"
         self.place = f"{launch.master_address}:{launch.master_port}"
         self.host = "the launcher" if launch.is_store_of_launcher else "rank 0"
         self.is_host = launch.rank == 0 and not launch.is_store_of_launcher
@@ -119,10 +128,8 @@ class _Rendezvous:
         """Finds the store, claims the rank and waits for the others."""
         try:
             store = self._connect(is_host=self.is_host)
-            self._claim(store)
-            self.has_guests = self.is_host
-            self._wait_for_all(store)
-            return store, self._connect()
+            name = self._lead(store) if self.launch.rank == 0 else self._follow(store)
+            return _within(name, store), _within(name, self._connect())
         except dist.DistError as error:
             raise RendezvousError(
                 f"rank {self.launch.rank}: {self.host} at {self.place} is gone, or is no store of "
@@ -152,10 +159,7 @@ class _Rendezvous:
                     f"rank {self.launch.rank} of {self.run} finds another run at {self.place}: "
                     f"{owner['run']}, rank 0 on {owner['rank_0']}; {_OWN_PORT}"
                 )
-        # a launcher keeps the store when it starts the processes again: what the last ones wrote
-        # must not be taken for what these say
-        prefix = f"{self.run}/attempt {self.launch.attempt}"
-        return dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
+        return _within(self.run, store)
 
     def _listen(self) -> socket.socket:
         """Opens the port of the run: torch would say in 20 lines that it is taken."""
@@ -214,21 +218,85 @@ class _Rendezvous:
             f"{hint}MASTER_ADDR must be its host"
         )
 
-    def _claim(self, store: Any) -> None:
-        """Takes the rank; what a process left that is no more is taken over."""
-        key, expected = _key(self.launch.rank), ""
-        while (holder := store.compare_set(key, expected, self.me).decode()) != self.me:
-            if holder == expected or not self._is_over(holder):
-                raise RendezvousError(
-                    f"rank {self.launch.rank} of {self.run} is taken at {self.place} by the "
-                    f"process on {holder}; two processes have the same RANK, or the run was "
-                    f"started twice: end one of them, or {_OWN_PORT}"
+    def _lead(self, store: Any) -> str:
+        """Begins a start as rank 0, and lets the others go on when all have come; its name."""
+        if store.check([_START]):  # the launcher's store, in which the run was started before
+            _, holder = json.loads(store.get(_START))
+            if not self._may_be_over(holder):
+                raise self._taken_by(holder)
+        name = uuid.uuid4().hex
+        start = _within(name, store)
+        start.set(_key(0), self.claim)
+        store.set(_START, json.dumps([name, self.me]))
+        self.has_guests = self.is_host
+        keys = [_key(rank) for rank in range(self.launch.world_size)]
+        for _ in self._polling():
+            if start.check(keys):
+                for key in keys:
+                    start.set(_seen(key), start.get(key).decode())
+                return name
+            if start.check([_VERDICT]):
+                raise RendezvousError(start.get(_VERDICT).decode())
+        raise self._give_up(start)
+
+    def _follow(self, store: Any) -> str:
+        """Comes to the newest start of rank 0 until that has seen it; the name of the start."""
+        own, name, holder, is_old = _key(self.launch.rank), "", "", True
+        start: Any = None
+        for _ in self._polling():
+            # again at every turn: the first one that is found may be that of earlier processes
+            newest = json.loads(store.get(_START))[0] if store.check([_START]) else ""
+            if newest != name:
+                name, start, holder = newest, _within(newest, store), ""
+                is_old = self.launch.is_store_of_launcher and (
+                    start.check([_seen(own)]) or start.check([_VERDICT])
                 )
+                if not is_old:
+                    holder = self._take_rank(start)
+            if is_old:
+                continue
+            if start.check([_seen(own)]):
+                seen = start.get(_seen(own)).decode()
+                if seen == self.claim:
+                    return name
+                holder = holder or seen
+            elif start.check([_VERDICT]):
+                raise RendezvousError(start.get(_VERDICT).decode())
+            # rank 0's own store has one start: there is none to wait for
+            if holder and not self.launch.is_store_of_launcher:
+                raise self._taken_by(holder)
+        if is_old or holder:
+            raise self._missing([0], holder)
+        raise self._give_up(start)
+
+    def _polling(self) -> Iterator[None]:
+        """Goes on until the time is over; polled, as what `store.wait` raises names nobody."""
+        pause, left = 0.01, self.timeout_seconds
+        while left > 0.0:
+            left = self.deadline - time.monotonic()
+            yield  # once more after the time is over
+            time.sleep(min(pause, max(left, 0.0)))
+            pause = min(2 * pause, _LONGEST_PAUSE_OF_STORE)
+
+    def _take_rank(self, start: Any) -> str:
+        """Claims the rank, also that of a process that is no more; who holds it, if another."""
+        key, expected = _key(self.launch.rank), ""
+        while (holder := start.compare_set(key, expected, self.claim).decode()) != self.claim:
+            if holder == expected or not self._is_over(holder):
+                return holder
             expected = holder
+        return ""
+
+    def _taken_by(self, holder: str) -> RendezvousError:
+        return RendezvousError(
+            f"rank {self.launch.rank} of {self.run} is taken at {self.place} by the "
+            f"process on {_who(holder)}; two processes have the same RANK, or the run was "
+            f"started twice: end one of them, or {_OWN_PORT}"
+        )
 
     def _is_over(self, holder: str) -> bool:
         """Whether the process that claimed the rank lived on this host, and lives no more."""
-        host, _, pid = holder.rpartition(", pid ")
+        host, _, pid = _who(holder).rpartition(", pid ")
         if host != socket.gethostname():
             return False
         try:
@@ -239,29 +307,41 @@ class _Rendezvous:
             pass
         return False
 
-    def _wait_for_all(self, store: Any) -> None:
-        ranks = range(self.launch.world_size)
-        keys = [_key(rank) for rank in ranks]
-        pause = 0.01
-        # polled, not `store.wait`: what that raises at its end names nobody
-        while not store.check(keys):
-            if store.check([_VERDICT]):
-                raise RendezvousError(store.get(_VERDICT).decode())
-            if time.monotonic() > self.deadline:
-                missing = [rank for rank in ranks if not store.check([keys[rank]])]
-                if missing:  # else the last one joined between the two questions
-                    self._give_up(store, missing)
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+    def _may_be_over(self, holder: str) -> bool:
+        """Whether it may have ended: of another host nothing is known."""
+        return self._is_over(holder) or not holder.startswith(f"{socket.gethostname()}, pid ")
 
-    def _give_up(self, store: Any, missing: list[int]) -> None:
-        names = ", ".join(f"rank {rank}" for rank in missing)
+    def _give_up(self, start: Any) -> RendezvousError:
+        ranks = range(self.launch.world_size)
+        # all came where rank 0 alone did not see it
+        missing = [rank for rank in ranks if not start.check([_key(rank)])] or [0]
+        error = self._missing(missing)
+        start.set(_VERDICT, str(error))  # the others began later: all are told the same
+        return error
+
+    def _missing(self, ranks: list[int], holder: str = "") -> RendezvousError:
+        names = ", ".join(f"rank {rank}" for rank in ranks)
         text = (
             f"{names} did not join the rendezvous at {self.place} within "
             f"{self.timeout_seconds:g} s ({_KEY}): see what it says itself"
         )
-        store.set(_VERDICT, text)  # the others started their clocks later: all are told the same
-        raise RendezvousError(text)
+        if holder:
+            text += f"; in the start before it, rank {self.launch.rank} was on {_who(holder)}"
+        return RendezvousError(text)
+
+
+def _seen(key: str) -> str:
+    """Where rank 0 says whose claim it saw when all had come."""
+    return f"{key}/seen"
+
+
+def _within(prefix: str, store: Any) -> Any:
+    return dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
+
+
+def _who(claim: str) -> str:
+    """Host and pid of who made a claim."""
+    return claim.partition("\n")[0]
 
 
 def _key(rank: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from data_pipeline.shard_format.table import decode_table
 from megadlcm.parallel.environment import launch_environment
@@ -53,7 +55,7 @@ def start(corpus: Path, tmp_path: Path) -> Iterator[StartRanks]:
             folder,
             model={"token_kv_heads": 2},
             parallel=timeout | parallel,
-            training={"train_steps": 100_000, "global_batch_size": 4, "micro_batch_size": 1},
+            training={"train_steps": 100_000, "global_batch_size": 12, "micro_batch_size": 1},
             checkpoint={"interval_steps": 0},
             evaluation={"interval_steps": 0},
             data={"valid": []},
@@ -201,8 +203,7 @@ def start_torchrun(corpus: Path, tmp_path: Path) -> tuple[subprocess.Popen[str],
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
     )
-    # far enough for every process to have shown a step: a place is shown within a second
-    wait_for_step([launcher], folder, step=40)
+    wait_for_step([launcher], folder)
     children = children_of(launcher.pid)
     assert len(children) == 4
     return launcher, children, folder
@@ -229,6 +230,28 @@ def test_torchrun_leaves_no_process_behind_and_the_killed_one_is_named_first(
         accused = re.findall(r"rank (\d+) \(\S+, pid \d+\) sends", line)
         assert accused == ["2"], line
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.parametrize("lost", [2, None])
+def test_who_is_told_to_end_where_rank_0_holds_the_board_accuses_nobody_else(
+    lost: int | None, start: StartRanks
+) -> None:
+    """As srun ends a step: of one that it lost the others, of one that is cancelled all."""
+    ranks, folder = start(3)
+    wait_for_step(ranks, folder)
+    if lost is not None:
+        ranks[lost].kill()
+    told = [process for rank, process in enumerate(ranks) if rank != lost]
+    for process in told:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+    for process in told:
+        _, complaints = process.communicate(timeout=TIMEOUT + GRACE)
+        (line,) = complaints.splitlines()  # and no stack of torch beside it
+        assert re.search(r"lost its connection in |was told to end \(SIGTERM\) in ", line), line
+        accused = re.findall(r"rank (\d) \(\S+, pid \d+\) (?:sends no|is gone|does not)", line)
+        assert accused == ([] if lost is None else [str(lost)]), line
+        assert process.returncode in (1, 128 + signal.SIGTERM)
 
 
 def test_workers_of_a_launcher_that_was_killed_end_by_themselves(
@@ -288,8 +311,9 @@ def wait_until_shown_in_a_step(pid: int, rank: int) -> None:
     """Waits until the board shows a process of torchrun in a step, as others would find it."""
     entries = Path(f"/proc/{pid}/environ").read_text().split("\0")
     launch = launch_environment(dict(entry.split("=", 1) for entry in entries if entry))
-    rendezvous = _Rendezvous(launch, "tiny", timeout_seconds=60.0)
-    board = Board(rendezvous._connect(), launch.world_size, patience=60.0)
+    store = _Rendezvous(launch, "tiny", timeout_seconds=60.0)._connect()
+    start, _ = json.loads(store.get("rendezvous/start"))
+    board = Board(dist.PrefixStore(start, store), launch.world_size, patience=60.0)  # type: ignore[attr-defined]
     deadline = time.monotonic() + 120.0
     while not any(one.place.startswith("step ") for one in (board.read([rank]) or {}).values()):
         assert time.monotonic() < deadline, "it never came to a step"

@@ -131,21 +131,28 @@ def test_who_meets_nobody_says_where_in_one_line_and_ends(corpus: Path, tmp_path
         assert [part for part in named if part not in line] == []
 
 
-# what a process of torchrun runs: of the first start, rank 1 fails after all have met
+# what a process of torchrun runs: in the first start, rank 1 fails after all have met
 WORKER = """
-import json, os, sys
+import json, os, sys, time
 from dataclasses import asdict
 from pathlib import Path
+from megadlcm.config import ParallelConfig
 from megadlcm.parallel.environment import launch_environment
 from megadlcm.parallel.process_group import join_process_group
 
-launch = launch_environment()
-mesh = join_process_group()
+launch, folder = launch_environment(), Path(sys.argv[1])
+is_first = not (folder / "failed").exists()
+mesh = join_process_group(ParallelConfig(collective_timeout_seconds=10.0))
 mesh.barrier()
-if launch.attempt == 0 and launch.rank == 1:
+if launch.rank == 1 and is_first:
+    (folder / "failed").touch()
     os._exit(1)
+if is_first:
+    time.sleep(600.0)  # until the launcher ends it: that it failed too would be counted as well
 told = {"launch": asdict(launch), "gathered": mesh.gather_over_run(mesh.rank)}
-Path(sys.argv[1], f"{launch.attempt}_{mesh.rank}").write_text(json.dumps(told))
+told["count"] = os.environ["TORCHELASTIC_RESTART_COUNT"]
+(folder / f"{mesh.rank}.json").write_text(json.dumps(told))
+mesh.barrier()
 """
 
 
@@ -173,10 +180,40 @@ def test_torchrun_inside_of_srun_starts_a_run_again(tmp_path: Path) -> None:
     )
     assert launcher.returncode == 0, launcher.stderr
     for rank in range(2):
-        told = json.loads((tmp_path / f"1_{rank}").read_text())
+        told = json.loads((tmp_path / f"{rank}.json").read_text())
         assert told["gathered"] == [0, 1]
         seen = told["launch"]
         assert (seen["rank"], seen["world_size"], seen["local_rank"]) == (rank, 2, rank)
         assert seen["start"].startswith("torchrun ") and seen["is_store_of_launcher"]
         assert not seen["has_own_device"]  # nothing tells two workers of torchrun apart but ranks
-    assert not (tmp_path / "0_1").exists()
+        assert told["count"] == "1"
+
+
+@pytest.mark.slow(30)
+def test_agents_of_torchrun_that_count_their_starts_apart_meet_again(tmp_path: Path) -> None:
+    """The agent whose process failed counts a restart; that of the other node counts none."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER, encoding="utf-8")
+    own = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    words = ["--nnodes=2", "--nproc-per-node=1", "--max-restarts=1", "--rdzv-backend=c10d"]
+    words += ["--rdzv-id=both", f"--rdzv-endpoint=127.0.0.1:{free_port()}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *words, str(worker), str(tmp_path)]
+    logs = [tmp_path / f"agent{number}.log" for number in range(2)]
+    agents = []
+    try:
+        for log in logs:
+            with log.open("wb") as file:
+                agents.append(
+                    subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | own)
+                )
+        codes = [agent.wait(timeout=2 * START_SECONDS) for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+            agent.wait()
+    assert codes == [0, 0], [log.read_text() for log in logs]
+    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert [one["gathered"] for one in told] == [[0, 1], [0, 1]]
+    assert all(one["launch"]["is_store_of_launcher"] for one in told)
+    # else it would prove nothing
+    assert sorted(one["count"] for one in told) == ["0", "1"]

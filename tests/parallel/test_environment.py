@@ -27,7 +27,6 @@ BY_HAND = {
 }
 TORCHRUN = BY_HAND | {
     "TORCHELASTIC_RUN_ID": "none",
-    "TORCHELASTIC_RESTART_COUNT": "2",
     "TORCHELASTIC_USE_AGENT_STORE": "True",
 }
 # what a batch script sees: one process, although the counts of the job are there
@@ -60,7 +59,7 @@ def test_a_start_without_a_launcher_is_one_process(environ: dict[str, str]) -> N
 
 def test_torchrun_says_everything() -> None:
     expected = LaunchEnvironment(
-        3, 8, 1, "10.0.0.7", 29512, "torchrun none", 2, True, is_child_of_launcher=True
+        3, 8, 1, "10.0.0.7", 29512, "torchrun none", True, is_child_of_launcher=True
     )
     assert launch_environment(TORCHRUN) == expected
     # TORCH_DISABLE_SHARE_RDZV_TCP_STORE: the store is with rank 0, the parent is the launcher
@@ -175,9 +174,7 @@ def test_half_an_environment_is_an_error_of_one_line_that_names_what_is_missing(
 
 
 NUMBERS = {
-    **dict.fromkeys(
-        ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"), TORCHRUN
-    ),
+    **dict.fromkeys(("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"), TORCHRUN),
     **dict.fromkeys(
         (
             "SLURM_PROCID",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -25,52 +26,18 @@ from megadlcm.parallel.environment import LaunchEnvironment
 from megadlcm.parallel.process_group import join_process_group
 from megadlcm.parallel.rendezvous import RendezvousError, find_launcher, meet
 from tests.support.distributed import become_own_process, fork, free_port, rank_environment
+from tests.support.rendezvous_calls import (
+    ANSWERED,
+    LATE,
+    SOON,
+    hear,
+    hear_together,
+    in_time,
+    kept,
+    launched,
+)
 
-SOON, LATE = 0.3, 60.0
-ANSWERED = 4.0
-"""Enough for a store on a busy machine to answer; who does not come is waited for that long."""
-kept: list[Any] = []
-"""What lives as long as a test: stores, of which that of rank 0 serves the others."""
-
-
-@pytest.fixture(autouse=True)
-def in_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Waits no longer than a test needs, and closes the stores of the test after it."""
-    monkeypatch.setattr(rendezvous, "_SECONDS_OF_HOSTING", 2.0)
-    monkeypatch.setattr(rendezvous, "_SECONDS_OF_GRACE", 1.0)
-    yield
-    kept.clear()
-
-
-def launched(rank: int, port: int, world_size: int = 2, **others: Any) -> LaunchEnvironment:
-    return LaunchEnvironment(rank, world_size, rank, "127.0.0.1", port, **others)
-
-
-def hear(launch: LaunchEnvironment, timeout_seconds: float, name: str = "small") -> str | None:
-    """What a process of a run hears at the start; None if all came."""
-    try:
-        kept.append(meet(launch, name, timeout_seconds))
-    except RendezvousError as error:
-        assert "\n" not in str(error) and "frame #" not in str(error)
-        return str(error)
-    return None
-
-
-def hear_together(
-    launches: list[LaunchEnvironment], timeout_seconds: float
-) -> dict[int, str | None]:
-    """What each of these ranks hears, in threads of this process."""
-    heard: dict[int, str | None] = {}
-
-    def run(launch: LaunchEnvironment) -> None:
-        heard[launch.rank] = hear(launch, timeout_seconds)
-
-    threads = [threading.Thread(target=run, args=(launch,)) for launch in launches]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return heard
+__all__ = ["in_time"]
 
 
 def test_all_who_come_go_on() -> None:
@@ -186,8 +153,10 @@ def test_a_port_that_is_taken_is_named_at_once() -> None:
 
 def host_and_stop(port: int) -> None:
     """Rank 0, which stops when the other one has come."""
-    store = rendezvous._Rendezvous(launched(0, port, 3), "small", LATE)._connect(is_host=True)
-    store.get("rendezvous/1")
+    rank_0 = rendezvous._Rendezvous(launched(0, port, 3), "small", LATE)
+    store = rank_0._connect(is_host=True)
+    store.set("rendezvous/start", json.dumps(["first", rank_0.me]))
+    store.get("first/rendezvous/1")
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
@@ -256,29 +225,6 @@ def test_a_run_is_known_by_its_name_and_size(
     waiting.join()
 
 
-def test_runs_that_a_launcher_holds_keep_apart_in_its_store() -> None:
-    """Nobody owns that store: what keeps them apart is that their keys bear their names."""
-    port = free_port()
-    kept.append(dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False))  # type: ignore[attr-defined]
-    first = [launched(rank, port, is_store_of_launcher=True) for rank in range(2)]
-    assert hear_together(first, LATE) == {0: None, 1: None}
-    text = hear(replace(first[1], start="torchrun other"), ANSWERED)
-    assert text is not None and text.startswith("rank 0 did not join the rendezvous")
-
-
-def test_an_earlier_start_of_the_run_is_not_taken_for_this_one() -> None:
-    """A launcher that starts a run again keeps its store."""
-    port = free_port()
-    kept.append(dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False))  # type: ignore[attr-defined]
-    first = [launched(rank, port, is_store_of_launcher=True) for rank in range(2)]
-    assert hear_together(first, LATE) == {0: None, 1: None}
-    again = [replace(launch, attempt=1) for launch in first]
-    text = hear(again[1], ANSWERED)
-    assert text is not None and text.startswith("rank 0 did not join the rendezvous")
-    later = [replace(launch, attempt=2) for launch in first]
-    assert hear_together(later, LATE) == {0: None, 1: None}
-
-
 def claim_as(monkeypatch: pytest.MonkeyPatch, host: str, pid: int) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: host)
     monkeypatch.setattr(os, "getpid", lambda: pid)
@@ -306,13 +252,19 @@ def test_a_rank_of_a_process_that_is_no_more_is_taken_over(
     rank_0 = rendezvous._Rendezvous(launched(0, port), "small", LATE)
     store = rank_0._connect(is_host=True)
     kept.append(store)
-    store.set("rendezvous/0", "")
-    store.set("rendezvous/1", f"elsewhere, pid {ended.pid}")
+    store.set("rendezvous/start", json.dumps(["first", rank_0.me]))
+    store.set("first/rendezvous/1", f"elsewhere, pid {ended.pid}\nits")
     text = hear(launched(1, port), LATE)
     assert text is not None and f"is taken at 127.0.0.1:{port} by the process on elsewhere" in text
-    store.set("rendezvous/1", f"{host}, pid {ended.pid}")
-    assert hear(launched(1, port), LATE) is None
-    assert store.get("rendezvous/1").decode() == f"{host}, pid {own}"
+    store.set("first/rendezvous/1", f"{host}, pid {ended.pid}\nits")
+    coming = threading.Thread(target=hear, args=(launched(1, port), LATE))
+    coming.start()
+    while not (claim := store.get("first/rendezvous/1").decode()).startswith(f"{host}, pid {own}"):
+        time.sleep(0.01)
+    assert coming.is_alive()  # until rank 0 has seen it
+    store.set("first/rendezvous/1/seen", claim)
+    coming.join(LATE)
+    assert not coming.is_alive()
 
 
 # -- the whole way ------------------------------------------------------------------------------
@@ -330,11 +282,12 @@ def _live(function: Callable[[], None], environment: dict[str, str], log: str) -
 
 
 def join() -> None:
-    join_process_group(ParallelConfig(collective_timeout_seconds=2.0))
+    join_process_group(ParallelConfig(collective_timeout_seconds=ANSWERED))
 
 
 def meet_all_and_stop() -> None:
-    def stop(*_: Any, **__: Any) -> None:
+    def stop(*_: Any, **words: Any) -> None:
+        words["store"].get("heartbeat/1")  # it is past the rendezvous
         os.kill(os.getpid(), signal.SIGSTOP)
 
     dist.init_process_group = stop
@@ -351,8 +304,8 @@ def test_a_rank_0_that_stops_after_the_rendezvous_is_told_too(tmp_path: Path) ->
     ranks[1].join(timeout=LATE)
     ranks[0].kill()
     ranks[0].join()
-    (line,) = (tmp_path / "1.log").read_text().splitlines()
-    assert ranks[1].exitcode == 1
+    line = (tmp_path / "1.log").read_text()
+    assert (ranks[1].exitcode, line.count("\n")) == (1, 1), line
     assert line.startswith("error: start: rank 1 (") and "in start of the process group" in line
     assert re.search(r"; rank 0 .*does not answer \(stopped\)", line), line
 

@@ -31,7 +31,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from megadlcm.parallel.watch.activity import THIS_PROCESS, Activity, Phase
@@ -48,6 +48,8 @@ _TICK_SECONDS = 1.0
 """How soon a new place in the run is shown, so that of who dies it is known where it was."""
 _BEATS_OF_HOSTING = 12
 """Heartbeats for which a process that holds the board waits for the others to read it."""
+_BEATS_BEFORE_KILL = 5.5
+"""Heartbeats in which a process that was told to end does: launchers kill after 30 s."""
 EXIT_CODE = 1
 EXIT_CODE_OF_SIGTERM = 128 + signal.SIGTERM
 
@@ -85,6 +87,7 @@ class Watchdog:
         self.host, self.pid = socket.gethostname(), os.getpid()
         self.board = Board(store, world_size, patience=_BEATS_OF_SILENCE * self.interval)
         self._count, self._left, self._terminated = 0, False, False
+        self._is_asked = False
         self._shown_place = ""
         # torchrun starts its workers itself: who has another parent now has lost it
         self._parent = os.getppid()
@@ -174,9 +177,10 @@ class Watchdog:
                     break
                 self.clock.sleep(self.interval)
                 self.send_heartbeat()  # others may be looking for who is silent
+        self._remember_host(before)
         after = self.board.read()
         if before is None or after is None:
-            return Findings(self._say_board_is_gone(), True)
+            return self._judge_without_board()
         others = [rank for rank in range(self.world_size) if rank != self.rank]
         return find_missing(before, after, others, self.activity.phase, seconds)
 
@@ -189,9 +193,7 @@ class Watchdog:
             self.end(EXIT_CODE)
         if self.world_size == 1:
             return  # there is nobody to wait for
-        if self._host_heartbeat is None:
-            # for the day on which its host is gone and the board with it
-            self._host_heartbeat = (self.board.read([0]) or {}).get(0)
+        self._remember_host(self.board.read([0]))
         if now - phase.since < 2 * self.interval:
             return
         # a look that found nobody missing is not repeated before another timeout
@@ -201,20 +203,30 @@ class Watchdog:
 
     def leave_on_request(self) -> None:
         """Answers a SIGTERM, in a thread of its own: ends, after saying who is lost, if anybody."""
-        if self.activity.broke_in is not None or self._failure is not None:
-            return  # the main thread is about to say why, and to end
-        phase = self.activity.phase
-        self._terminated = True
-        self._leave()
-        found = self.look_around()
-        if self.activity.broke_in is not None or self._failure is not None:
-            return  # it has come to that while we looked
+        self._is_asked = True
+        phase, found = self.activity.phase, Findings("", False)
+        deadline = self.clock.now() + _BEATS_BEFORE_KILL * self.interval
+        if not self._is_about_to_explain:
+            self._terminated = True
+            self._leave()
+            found = self.look_around()
+        # the main thread says more; but what it is busy with may never end
+        if self._is_about_to_explain and self.clock.wait(
+            self._stopped, max(deadline - self.clock.now(), 0.0)
+        ):
+            return
         lost = "" if found.terminated or not found.is_certain else f"; {found.text}"
         self._say(
             f"{phase.place}: {self.who} was told to end (SIGTERM) in "
             f"{phase.waits_for or 'computing'}{lost}"
         )
+        self._linger(found.silent)
         self.end(EXIT_CODE_OF_SIGTERM)
+
+    @property
+    def _is_about_to_explain(self) -> bool:
+        """Whether the main thread failed, and is going to say why and to end."""
+        return self.activity.broke_in is not None or self._failure is not None
 
     # -- the thread -------------------------------------------------------------------------------
 
@@ -290,14 +302,25 @@ class Watchdog:
             if all(rank in shown and shown[rank].is_ending for rank in waiting):
                 break
             self.clock.sleep(self.interval)
+            if self._is_asked:  # a look and two heartbeats are all that there is
+                break
         self.clock.sleep(self.interval)  # the last of them may be reading
 
-    def _say_board_is_gone(self) -> str:
+    def _remember_host(self, shown: Mapping[int, Heartbeat] | None) -> None:
+        """Notes what the host of the board shows, for when both are gone."""
+        self._host_heartbeat = (shown or {}).get(0) or self._host_heartbeat
+
+    def _judge_without_board(self) -> Findings:
+        """What is known when the board does not answer: what its host last showed."""
+        host = self._host_heartbeat
         if not self.is_hosted_by_rank_0:
-            return "the launcher is gone (it holds the board of heartbeats)"
-        host = self._host_heartbeat.who if self._host_heartbeat is not None else "rank 0"
+            return Findings("the launcher is gone (it holds the board of heartbeats)", True)
+        who = host.who if host is not None else "rank 0"
+        if host is not None and host.terminated:  # in order, and the board with it
+            text = f"{who} was told to end (SIGTERM) in {host.doing}, and held the board"
+            return Findings(text, True, terminated=(0,))
         state = "does not answer (stopped)" if self.board.is_silent else "is gone"
-        return f"{host} {state}: it holds the board of heartbeats"
+        return Findings(f"{who} {state}: it holds the board of heartbeats", True)
 
 
 _watchdog: Watchdog | None = None

@@ -52,16 +52,17 @@ def test_when_all_are_told_to_end_nobody_waits_and_nobody_is_accused(
     """A job that is cancelled."""
     for watchdog in run.watchdogs:
         watchdog.send_heartbeat()
-    mine, *others = run.watchdogs
-    for other in others:
-        other._terminated = True
-        other._leave()
-    began = run.clock.now()
-    told_to_end(mine)
-    assert run.clock.now() == began
-    line = said(capsys)
-    assert line.startswith("error: step 7: rank 0 (") and "(SIGTERM) in computing" in line
-    assert "rank 1" not in line and "rank 2" not in line
+    for watchdog in run.watchdogs:
+        watchdog._terminated = True
+        watchdog._leave()
+    for watchdog in run.watchdogs:
+        began = run.clock.now()
+        told_to_end(watchdog)
+        # rank 0 holds the board, which others may be reading
+        assert run.clock.now() == began + (0 if watchdog.rank else INTERVAL)
+        line = said(capsys)
+        assert line.startswith(f"error: step 7: rank {watchdog.rank} (")
+        assert line.endswith("(SIGTERM) in computing")
 
 
 def test_one_that_alone_was_told_to_end_is_named_by_the_others(run: Run) -> None:
@@ -73,8 +74,9 @@ def test_one_that_alone_was_told_to_end_is_named_by_the_others(run: Run) -> None
 
 
 @pytest.mark.parametrize("when", ["before", "during"])
-def test_who_is_about_to_say_why_a_collective_broke_is_not_ended(
-    run: Run, when: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("comes_to_its_end", [True, False])
+def test_who_is_about_to_say_why_a_collective_broke_is_not_ended_before(
+    run: Run, when: str, comes_to_its_end: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It may have broken in a thread of its own, as backward passes on GPUs have."""
     mine, activity = run.watchdogs[1], run.activities[1]
@@ -85,35 +87,93 @@ def test_who_is_about_to_say_why_a_collective_broke_is_not_ended(
         thread.start()
         thread.join()
 
+    def come_to_its_end() -> None:
+        if comes_to_its_end and run.clock.now() - began > 4 * INTERVAL:
+            mine._stopped.set()
+
+    began = run.clock.now()
     if when == "before":
         break_elsewhere()
+        run.clock.others = [come_to_its_end]
     else:
-        run.clock.others = [break_elsewhere]
-    mine.leave_on_request()
-    assert capsys.readouterr().err == ""
-    # the control: without it, the process ends
-    activity.broke_in = None
-    run.clock.others = []
+        run.clock.others = [break_elsewhere, come_to_its_end]
+    if comes_to_its_end:
+        mine.leave_on_request()
+        assert capsys.readouterr().err == ""
+    else:  # it hangs, or the error was handled long ago
+        told_to_end(mine)
+        assert 4 * INTERVAL < run.clock.now() - began < 7 * INTERVAL
+        assert "was told to end (SIGTERM)" in said(capsys)
+
+
+def closed(*_: object) -> None:
+    """What a store does whose host is gone."""
+    raise ConnectionError
+
+
+CLOSED = type("Closed", (), dict.fromkeys(("set", "get", "check", "add"), closed))
+
+
+def test_rank_0_keeps_its_board_until_the_others_have_looked(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Told first, while rank 2 is lost: without it rank 1 would blame rank 0, or nobody."""
+    first, second, _ = run.watchdogs
+    for watchdog in run.watchdogs:
+        watchdog.send_heartbeat()
+    looks: list[bool] = []
+    ticks = 0
+
+    def tick() -> None:
+        nonlocal ticks
+        ticks += 1
+        if ticks == 1:
+            second._terminated = True
+            second._leave()
+        if ticks == 4:  # three heartbeats after its first look
+            looks.append(second.board.read() is not None)
+
+    run.clock.others = [tick]
+    told_to_end(first)
+    assert looks == [True]
+    assert "rank 2 (" in said(capsys)
+
+
+@pytest.mark.parametrize("lost_during", ["look", "beat"])
+def test_a_board_that_went_with_a_rank_0_that_was_told_to_end_accuses_nobody(
+    run: Run, lost_during: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine, host = run.watchdogs[1], run.watchdogs[0]
+    for watchdog in run.watchdogs:
+        watchdog.send_heartbeat()
+    mine.beat()
+    host._terminated = True
+    host._leave()
+
+    def lose() -> None:
+        mine.board.store = CLOSED()
+
+    if lost_during == "beat":
+        mine.beat()
+        lose()
+    run.clock.others = [lose]
+    text = mine.look_around().text
+    assert text.startswith("rank 0 (") and "was told to end (SIGTERM) in step 7" in text
     told_to_end(mine)
+    assert "rank 0" not in said(capsys)
+    # the control: of one that nobody told to end it is said that it is gone
+    host._terminated = False
+    mine.board.store = run.store
+    host.send_heartbeat()
+    mine.beat()
+    run.clock.others = [lose]
+    assert "is gone: it holds the board" in mine.look_around().text
 
 
 def test_a_launcher_that_is_gone_is_an_event_whatever_the_process_does(
     run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its workers would train on as orphans: they have another parent, or lose its store."""
-
-    class Closed:
-        def set(self, key: str, value: str) -> None:
-            raise ConnectionError
-
-        def get(self, key: str) -> bytes:
-            raise ConnectionError
-
-        def check(self, keys: list[str]) -> bool:
-            raise ConnectionError
-
-        def add(self, key: str, amount: int) -> int:
-            raise ConnectionError
 
     def worker(store: object, hosted: bool, child: bool) -> Watchdog:
         def end(code: int) -> None:
@@ -127,7 +187,7 @@ def test_a_launcher_that_is_gone_is_an_event_whatever_the_process_does(
     by_hand = worker(run.store, True, False)
     for watchdog in (*children, by_hand):
         run.watch(watchdog, 4 * TIMEOUT)  # as long as all is well
-    lost_store = worker(Closed(), False, False)
+    lost_store = worker(CLOSED(), False, False)
     with pytest.raises(Ended, match=f"^{EXIT_CODE}$"):
         run.watch(lost_store, 3 * INTERVAL)
     line = said(capsys)
@@ -148,10 +208,7 @@ def test_a_store_that_went_with_rank_0_ends_a_wait_before_its_timeout(
     run.watchdogs[0].send_heartbeat()
     mine.beat()
 
-    def closed(*_: object) -> None:
-        raise ConnectionError
-
-    mine.board.store = type("Gone", (), dict.fromkeys(("set", "get", "check", "add"), closed))()
+    mine.board.store = CLOSED()
     run.watch(mine, 50 * INTERVAL)  # computing: whoever ended in order may be gone
     assert run.waits_for_ever(mine) < 10 * mine.interval
     assert "rank 0 (" in (line := said(capsys)) and "is gone" in line
