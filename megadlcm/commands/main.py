@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from data_pipeline.errors import InputError, StorageError
+from data_pipeline.masking import masked
 from data_pipeline.output_folder import FULL
 from data_pipeline.tables import printable
 from megadlcm import __version__
@@ -96,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # whatever writes a file says so itself
         if isinstance(error, OSError) and error.errno in FULL:
             return _lost_output(f"cannot be written ({error.strerror}); send it to another place")
-        traceback.print_exc()
+        print(masked(traceback.format_exc()), end="", file=sys.stderr)
         _say_error(f"{type(error).__name__}: {error}")
         return EXIT_FAILED
 
@@ -111,7 +112,7 @@ def _lost_output(what: str) -> int:
 
 def _say_error(message: str) -> None:
     # file names and what is found in files may hold anything, and may forge no line
-    print(f"error: {printable(message)}", file=sys.stderr)
+    print(f"error: {printable(masked(message))}", file=sys.stderr)
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:

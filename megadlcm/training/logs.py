@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_pipeline.errors import InputError
+from data_pipeline.masking import masked
 from data_pipeline.output_folder import disk_error, writing
 from data_pipeline.tables import printable
 from megadlcm.config import RunConfig
@@ -20,6 +21,10 @@ _LOGGERS = ("megadlcm", "data_pipeline")
 
 class _LineFormatter(logging.Formatter):
     """Writes a message as one line: names that come from data may forge no other."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Returns all that the log gets of a record; what a library raised may name a password."""
+        return masked(super().format(record))
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """Returns the line; the traceback below it is not a part of it."""

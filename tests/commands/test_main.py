@@ -132,6 +132,7 @@ def test_train_hands_the_resolved_run_over_and_returns_its_exit_code(
     [
         (InputError("key = 1, must be 2; write 2"), 2, "error: key = 1, must be 2; write 2"),
         (RuntimeError("boom"), 1, "error: RuntimeError: boom"),
+        (RuntimeError("ftp://ada:secret@h"), 1, "error: RuntimeError: ftp://ada:***@h"),
         (KeyboardInterrupt(), 130, "error: interrupted"),
     ],
 )
@@ -150,6 +151,7 @@ def test_a_failing_run_ends_in_one_line_and_its_exit_code(
     printed = capsys.readouterr().err
     assert printed.splitlines()[-1] == line
     assert ("Traceback" in printed) == (code == 1)
+    assert ":secret@" not in printed
 
 
 def test_help_and_plan_load_no_torch() -> None:

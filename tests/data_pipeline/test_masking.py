@@ -25,6 +25,26 @@ from data_pipeline.masking import masked, masked_values
         ),
         ("az://c/a?sig=abc%3D", "az://c/a?sig=***"),
         ("https://h/a?apiKey=1", "https://h/a?apiKey=***"),
+        # signs that were not escaped
+        ("ftp://ada:p/ss@host/a", "ftp://ada:***@host/a"),
+        ("ftp://ada:p?ss@host/a", "ftp://ada:***@host/a"),
+        ("ftp://ada:p#ss@host/a", "ftp://ada:***@host/a"),
+        ("ftp://ada:p@s/s@host/a", "ftp://ada:***@host/a"),
+        ("https://ada:p/s?k=1#y@z@host:80/a", "https://***@host:80/a"),
+        ("https://to@ken@host/a", "https://***@host/a"),
+        ("ftp://ada@corp.com:pass@host/a", "ftp://ada@corp.com:***@host/a"),
+        ("http://a:b@c/d,s3://e:f@g/h", "http://***@c/d,s3://e:***@g/h"),
+        # every sign that begins a parameter
+        ("http://h/a;token=x;n=3", "http://h/a;token=***;n=3"),
+        ("http://h/a#token=x&n=3", "http://h/a#token=***&n=3"),
+        ("http://h/a?sig=1", "http://h/a?sig=***"),
+        ("http://h/a?n=3&X-Amz-Signature=1f", "http://h/a?n=3&X-Amz-Signature=***"),
+        ("http://h/a?token=x;y#z&n=3", "http://h/a?token=***&n=3"),
+        ("http://h/a?url=ftp://g?KEY=x", "http://h/a?url=ftp://g?KEY=***"),
+        (
+            "http://h/a?AWSAccessKeyId=x&hftoken=y&client_secret=z&APIKey=0",
+            "http://h/a?AWSAccessKeyId=***&hftoken=***&client_secret=***&APIKey=***",
+        ),
     ],
 )
 def test_a_secret_is_masked_and_stays_masked(text: str, shown: str) -> None:
@@ -40,6 +60,12 @@ def test_a_secret_is_masked_and_stays_masked(text: str, shown: str) -> None:
         "http://host/a?n=3",
         "/a/b@c?token=x",
         "mail ada:b@c",
+        "hdfs://ada@namenode:9000/a@b",
+        "http://host:8080/a@b",
+        "http://[::1]:8080/a@b",
+        # words that only hold a secret's
+        "http://h/a?token=&n=3",
+        "http://h/a?author=x&monkey=y;keyboard=z#max_tokens=3&tokenizer=t&design=d&passage=p",
     ],
 )
 def test_what_is_no_secret_stays(text: str) -> None:

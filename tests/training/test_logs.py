@@ -28,3 +28,16 @@ def test_a_message_is_one_line(tmp_path: Path) -> None:
     assert lines[1].endswith("ERROR megadlcm.test: failed")
     assert lines[2] == "Traceback (most recent call last):"
     assert lines[-2] == "second" and lines[-1].endswith("last")
+
+
+def test_a_password_is_not_in_the_log_either_way(tmp_path: Path) -> None:
+    """Not in a message, nor in a traceback below it."""
+    config = tiny_run(tmp_path, tmp_path)
+    with rank_log(config, join_process_group(config.parallel)):
+        try:
+            raise ValueError("ftp://ada:secret@host/a")
+        except ValueError:
+            logging.getLogger("megadlcm.test").exception("http://ada:secret@host/a failed")
+    text = (tmp_path / files.LOGS / files.rank_log(0)).read_text(encoding="utf-8")
+    assert "http://***@host/a failed" in text and "ValueError: ftp://ada:***@host/a" in text
+    assert "secret@" not in text

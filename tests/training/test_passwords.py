@@ -26,7 +26,7 @@ class GuardedFiles(LocalFileSystem):  # type: ignore[misc]
     @classmethod
     def _strip_protocol(cls, path: Any) -> Any:
         user, _, rest = str(path).removeprefix("guarded://").partition("@host")
-        if user not in ("ada:first-secret", "ada:other-secret"):
+        if user not in ("ada:fi/r?st-secret", "ada:other-secret"):
             return str(path)  # what was stripped before
         return rest.rstrip("/")
 
@@ -34,7 +34,7 @@ class GuardedFiles(LocalFileSystem):  # type: ignore[misc]
         try:
             return super().info(path, **options)
         except FileNotFoundError as error:
-            raise OSError(f"guarded://ada:first-secret@host{path} is not there") from error
+            raise OSError(f"guarded://ada:fi/r?st-secret@host{path} is not there") from error
 
 
 fsspec.register_implementation("guarded", GuardedFiles, clobber=True)
@@ -73,7 +73,7 @@ def test_a_password_is_nowhere_and_may_change(
         training = {"train_steps": steps}
         return make_run(data=data, training=training, checkpoint={"interval_steps": 2})
 
-    config = run("first-secret", 2)
+    config = run("fi/r?st-secret", 2)
     folder = Path(config.output_dir)
     assert pretrain.run(config) == 0
     assert secrets_in(folder) == secrets_in(tmp_path / "copies") == set()
@@ -97,7 +97,7 @@ def test_a_password_is_nowhere_and_may_change(
     for path in (shards / "train").glob("*.npz"):
         path.unlink()
     with pytest.raises((InputError, RuntimeError)) as caught:
-        pretrain.run(run("first-secret", 6))
+        pretrain.run(run("fi/r?st-secret", 6))
     assert "guarded://ada:***@host" in str(caught.value)
     printed = "".join(capfd.readouterr())
     assert "holds a password" in printed
