@@ -15,7 +15,8 @@ from data_pipeline.errors import InputError, StorageError
 
 # No fault of the input, nor of the program: what a disk, its quota or a limit of the process says.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-DISK_ERRORS = (*FULL, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENODEV)
+_TO_WRITES_ALONE = (*FULL, errno.EROFS)
+DISK_ERRORS = (*_TO_WRITES_ALONE, errno.EIO, errno.ESTALE, errno.ENODEV)
 
 
 def make_output_folder(folder: Path, key: str, way_out: str = "choose another one") -> None:
@@ -49,8 +50,50 @@ def make_output_folder(folder: Path, key: str, way_out: str = "choose another on
 
 
 @contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Says in one line which file the disk did not give; around reads alone.
+
+    Raises:
+        StorageError: the disk fails, which is no statement on what the file holds.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise StorageError(
+            f"{_named(path, error)}: cannot be read ({error.strerror or error}); look after the "
+            "disk, and start again"
+        ) from error
+
+
+@contextlib.contextmanager
+def reading_and_writing(folder: Path) -> Iterator[None]:
+    """Says in one line what nobody nearer has: which of the two it was only where that is certain.
+
+    Args:
+        folder: what is written to where an error of a write names no file.
+
+    Raises:
+        StorageError: a disk fails; an error that tells neither file nor act passes as it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in _TO_WRITES_ALONE:
+            raise disk_error(_named(folder, error), reason) from error
+        if error.errno not in DISK_ERRORS or error.filename is None:
+            raise
+        raise StorageError(
+            f"{_named(folder, error)}: cannot be read or written ({reason}); look after the disk, "
+            "and start again"
+        ) from error
+
+
+@contextlib.contextmanager
 def writing(path: Path, num_bytes: int | None = None) -> Iterator[None]:
-    """Says in one line which file the disk did not take, and what room there is.
+    """Says in one line which file the disk did not take, and what room there is; around writes.
 
     Args:
         path: what is being written; the error itself may know it better.
@@ -64,8 +107,11 @@ def writing(path: Path, num_bytes: int | None = None) -> Iterator[None]:
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        named = path if error.filename is None else Path(os.fsdecode(error.filename))
-        raise disk_error(named, error.strerror or str(error), num_bytes) from error
+        raise disk_error(_named(path, error), error.strerror or str(error), num_bytes) from error
+
+
+def _named(path: Path, error: OSError) -> Path:
+    return path if error.filename is None else Path(os.fsdecode(error.filename))
 
 
 def disk_error(path: Path, reason: str, num_bytes: int | None = None) -> StorageError:

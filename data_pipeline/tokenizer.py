@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from data_pipeline.errors import InputError
+from data_pipeline.output_folder import reading
 from data_pipeline.small_file import read_small
 
 EOS_NAMES = ("<|endoftext|>", "</s>", "<|eos|>")
@@ -103,7 +104,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"tokenizer {path}: no such file, and no folder with tokenizer.json or vocab.json and "
             "merges.txt; train one with `megadlcm data tokenizer`"
         )
-    return decode_tokenizer(read_small(file), file)
+    with reading(file):
+        contents = read_small(file)
+    return decode_tokenizer(contents, file)
 
 
 def decode_tokenizer(contents: bytes, path: Path) -> Tokenizer:

@@ -6,8 +6,8 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
+from megadlcm.checkpoint.tensors import read_tensors
 from megadlcm.config import config_from_dict
 from megadlcm.model import LanguageModel, build_model
 from megadlcm.run_folder import files
@@ -33,6 +33,6 @@ def load_model(path: str | Path) -> LanguageModel:
     # on meta first: initial values would be drawn for nothing
     model = build_model(shape, config.mup, device=torch.device("meta"))
     model = model.to_empty(device="cpu")
-    missing, unexpected = model.load_state_dict(load_file(folder / files.MODEL), strict=True)
+    missing, unexpected = model.load_state_dict(read_tensors(folder / files.MODEL), strict=True)
     assert not missing and not unexpected
     return model.eval()

@@ -10,21 +10,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import platform
-import re
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
 from data_pipeline.errors import InputError
 from data_pipeline.masking import masked_values
 from data_pipeline.reading.phases import Phase, first_phase, next_phases
+from megadlcm.checkpoint.tensors import read_tensors, write_tensors
 from megadlcm.config import ModelConfig, MupConfig, RunConfig, config_to_dict
 from megadlcm.engine import masters
 from megadlcm.engine.engine import TrainingEngine
@@ -78,8 +73,8 @@ def save_checkpoint(engine: TrainingEngine, config: RunConfig, state: TrainState
         }
         text = json.dumps(description, indent=1)
         writers: Mapping[str, Callable[[Path], Any]] = {
-            files.MODEL: lambda path: _write_tensors(model_tensors, path),
-            files.OPTIMIZER: lambda path: _write_tensors(optimizer_tensors, path),
+            files.MODEL: lambda path: write_tensors(model_tensors, path),
+            files.OPTIMIZER: lambda path: write_tensors(optimizer_tensors, path),
             files.STATE: lambda path: path.write_text(text, encoding="utf-8"),
         }
         tensors = [*model_tensors.values(), *optimizer_tensors.values()]
@@ -90,21 +85,6 @@ def save_checkpoint(engine: TrainingEngine, config: RunConfig, state: TrainState
     # nobody goes on before the folder has its name: whoever is killed now finds it
     engine.mesh.barrier()
     return folder
-
-
-def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Writes tensors as a file for whom the umask allows; raises OSError where the disk fails."""
-    # safetensors replaces it by a temporary file, which nobody else may read
-    path.touch()
-    mode = path.stat().st_mode
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-    path.chmod(mode)
 
 
 def _versions() -> dict[str, str]:
@@ -140,8 +120,8 @@ def resume(engine: TrainingEngine, config: RunConfig) -> TrainState | None:
     description = checkpoints.read_description(path)
     phases = check_continuable(description, config, path)
     # whole files on every process: each takes the shards it holds
-    masters.write_model(engine, load_file(path / files.MODEL))
-    masters.write_optimizer(engine, load_file(path / files.OPTIMIZER))
+    masters.write_model(engine, read_tensors(path / files.MODEL))
+    masters.write_optimizer(engine, read_tensors(path / files.OPTIMIZER))
     state = TrainState.from_dict(description["train_state"])
     # rows of this start can then be told from those that it repeats
     state.restart_count += 1

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import InputError, StorageError
-from data_pipeline.output_folder import sync_path, write_durably, writing
+from data_pipeline.output_folder import reading, sync_path, write_durably, writing
 from megadlcm.run_folder import files
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Checkpoint:
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, as hex."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
@@ -120,13 +120,24 @@ def _publish(building: Path, final: Path) -> None:
 
 
 def find_problem(folder: Path) -> str:
-    """Says what is wrong with a checkpoint folder; empty if every file is as the manifest says."""
+    """Says what is wrong with a checkpoint folder; empty if every file is as the manifest says.
+
+    Raises:
+        StorageError: the disk fails, which does not make it a damaged one.
+    """
+    with reading(folder):
+        return _problem(folder)
+
+
+def _problem(folder: Path) -> str:
     # the manifest is written last: without it nothing else in the folder says anything
     manifest_path = folder / files.MANIFEST
     if not manifest_path.is_file():
         return f"{files.MANIFEST} is missing (the checkpoint was never committed)"
     try:
-        entries = json.loads(manifest_path.read_text(encoding="utf-8"))["files"]
+        with reading(manifest_path):
+            text = manifest_path.read_text(encoding="utf-8")
+        entries = json.loads(text)["files"]
         expected = {name: (int(entry["bytes"]), entry["sha256"]) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError) as error:
         return f"{files.MANIFEST} cannot be read ({error})"
@@ -147,7 +158,9 @@ def list_steps(root: Path) -> list[tuple[int, Path]]:
     if not root.is_dir():
         return []
     found = []
-    for path in root.iterdir():
+    with reading(root):
+        paths = list(root.iterdir())
+    for path in paths:
         match = _STEP_NAME.fullmatch(path.name)
         if match and path.is_dir():
             found.append((int(match.group(1)), path))
@@ -197,7 +210,8 @@ def remove_unfinished(root: Path) -> None:
     for path in root.iterdir():
         if _UNFINISHED.fullmatch(path.name):
             logger.warning("removed unfinished checkpoint %s", path)
-            shutil.rmtree(path)
+            with writing(path):
+                shutil.rmtree(path)
 
 
 def prune(root: Path, keep: int, newest_good: Path) -> None:
@@ -217,14 +231,17 @@ def prune(root: Path, keep: int, newest_good: Path) -> None:
         if path == newest_good:
             continue
         doomed = path.with_name(path.name + ".old")
-        shutil.rmtree(doomed, ignore_errors=True)
-        path.replace(doomed)  # a removal that is killed half-way must not look like damage
-        shutil.rmtree(doomed)
+        with writing(path):
+            shutil.rmtree(doomed, ignore_errors=True)
+            path.replace(doomed)  # a removal that is killed half-way must not look like damage
+            shutil.rmtree(doomed)
 
 
 def read_description(path: Path) -> dict[str, Any]:
     """Reads `state.json` of a checkpoint folder."""
-    description: dict[str, Any] = json.loads((path / files.STATE).read_text(encoding="utf-8"))
+    with reading(path / files.STATE):
+        text = (path / files.STATE).read_text(encoding="utf-8")
+    description: dict[str, Any] = json.loads(text)
     return description
 
 

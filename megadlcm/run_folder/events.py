@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.output_folder import writing
+from data_pipeline.output_folder import reading, writing
 from megadlcm.run_folder import files
 
 
@@ -43,10 +43,12 @@ def cut_torn_line(path: Path) -> int:
     # else the next line would be appended to half a one, and both be lost
     if not path.exists():
         return 0
-    contents = path.read_bytes()
+    with reading(path):
+        contents = path.read_bytes()
     torn = len(contents) - len(whole_lines(contents))
     if torn:
-        os.truncate(path, len(contents) - torn)
+        with writing(path):
+            os.truncate(path, len(contents) - torn)
     return torn
 
 

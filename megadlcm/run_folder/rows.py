@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import InputError
-from data_pipeline.output_folder import writing
+from data_pipeline.output_folder import reading, writing
 from megadlcm.run_folder import files
 from megadlcm.run_folder.events import (
     append_event,
@@ -66,7 +66,9 @@ def _placed_rows(path: Path) -> Iterator[tuple[int, Row]]:
     if not path.exists():
         return
     place = 0
-    for number, line in enumerate(whole_lines(path.read_bytes()).splitlines(True), start=1):
+    with reading(path):
+        contents = path.read_bytes()
+    for number, line in enumerate(whole_lines(contents).splitlines(True), start=1):
         try:
             row = json.loads(line)
             int(row["step"])
@@ -101,7 +103,8 @@ class RowFile:
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._path = folder, folder / files.METRICS
         torn = cut_torn_line(self._path)
         if torn:

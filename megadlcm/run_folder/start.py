@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from data_pipeline.errors import InputError
-from data_pipeline.output_folder import make_output_folder, write_durably
+from data_pipeline.output_folder import make_output_folder, write_durably, writing
 from megadlcm.config import RunConfig
 from megadlcm.config.decode import dump_config
 from megadlcm.run_folder import files
@@ -34,8 +34,6 @@ def check_run_folder(folder: Path) -> None:
         if path.is_file() or not os.path.lexists(path):
             if name == files.CONFIG:
                 continue  # replaced, whatever may be written to it
-            if name == files.CONFIG:
-                continue  # replaced, whatever may be written to it
             try:
                 os.close(os.open(path, os.O_WRONLY | os.O_APPEND))
                 continue
@@ -56,7 +54,8 @@ def prepare_run_folder(config: RunConfig) -> None:
         config: the resolved run.
     """
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     write_durably(folder / files.CONFIG, dump_config(config).encode())
 
 

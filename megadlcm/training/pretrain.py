@@ -12,7 +12,7 @@ import torch
 
 from data_pipeline.errors import InputError, StorageError
 from data_pipeline.masking import masked
-from data_pipeline.output_folder import make_output_folder, writing
+from data_pipeline.output_folder import make_output_folder, reading_and_writing
 from data_pipeline.reading.mixture import MAX_PERIOD, rounded_shares
 from data_pipeline.reading.sources import SourceSummary
 from data_pipeline.tables import printable
@@ -71,8 +71,8 @@ def run(config: RunConfig) -> int:
             stack.enter_context(rank_log(config, mesh))
             check_agreement(config, sources.fingerprints, mesh)
             damaged = damaged if alone else damaged_shards(config, mesh)
-            # a net below those who know what they write: the removal of old checkpoints, say
-            with writing(folder), open_trainer(config, mesh, sources) as trainer:
+            # a net below those who know what they write
+            with reading_and_writing(folder), open_trainer(config, mesh, sources) as trainer:
                 trainer.data.skipped.note_shards(damaged)
                 _announce(trainer, sources.train_tokens)
                 trainer.fit()

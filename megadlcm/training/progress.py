@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from data_pipeline.errors import StorageError
-from data_pipeline.output_folder import FULL
+from data_pipeline.output_folder import DISK_ERRORS
 from data_pipeline.progress import LineLimit, open_bar
 from data_pipeline.tables import printable
 
@@ -80,7 +80,7 @@ def _print(line: str) -> None:
     try:
         print(printable(line), flush=True)
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno not in DISK_ERRORS:
             raise
         raise StorageError(
             f"the output cannot be written ({error.strerror}); send it to another place and start "

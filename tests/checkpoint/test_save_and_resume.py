@@ -166,7 +166,7 @@ def test_a_save_that_fails_loses_nothing_that_was_saved(
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr("megadlcm.checkpoint.save_and_resume.save_file", full_disk)
+        patch.setattr("megadlcm.checkpoint.tensors.save_file", full_disk)
         save_checkpoint(engine, config, state)
     assert find_checkpoint(config.output_dir) == folder
     assert start_again(config)[1].step == 1

@@ -5,12 +5,21 @@ from __future__ import annotations
 import errno
 import os
 import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 from data_pipeline.errors import InputError, StorageError
-from data_pipeline.output_folder import disk_error, make_output_folder, write_durably, writing
+from data_pipeline.output_folder import (
+    disk_error,
+    make_output_folder,
+    reading,
+    reading_and_writing,
+    write_durably,
+    writing,
+)
 from tests.support.full_disks import fill, largest_file, small_disk
 
 FULL = [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE]
@@ -34,10 +43,32 @@ def test_an_error_that_knows_its_file_is_believed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.EEXIST])
-def test_what_is_not_of_the_disk_passes_as_it_is(tmp_path: Path, number: int) -> None:
-    with pytest.raises(OSError, match="as it is") as failed, writing(tmp_path):
+@pytest.mark.parametrize("net", [writing, reading, reading_and_writing])
+def test_what_is_not_of_the_disk_passes_as_it_is(
+    tmp_path: Path, number: int, net: Callable[[Path], AbstractContextManager[None]]
+) -> None:
+    with pytest.raises(OSError, match="as it is") as failed, net(tmp_path):
         raise OSError(number, "as it is")
     assert failed.value.errno == number
+
+
+def test_what_the_disk_does_not_give_is_told_with_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.symlink_to("/proc/self/mem")  # nothing is mapped where it begins
+    with pytest.raises(StorageError) as failed, reading(path):
+        path.read_bytes()
+    assert str(failed.value).startswith(f"{path}: cannot be read (Input/output error); look after")
+
+
+def test_a_net_below_reads_and_writes_says_no_more_than_it_knows(tmp_path: Path) -> None:
+    known = [
+        (errno.ENOSPC, None, StorageError, rf"^{tmp_path}: cannot be written \(No space left"),
+        (errno.ESTALE, "one", StorageError, r"^one: cannot be read or written \(Stale"),
+        (errno.EIO, None, OSError, "Input/output"),
+    ]
+    for number, name, kind, said in known:
+        with pytest.raises(kind, match=said), reading_and_writing(tmp_path):
+            raise OSError(number, os.strerror(number), name)
 
 
 def test_a_file_that_does_not_fit_leaves_the_earlier_one_and_nothing_else(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -168,6 +169,44 @@ def test_a_sample_text_costs_neither_the_run_nor_its_checkpoint(
     assert "eval_loss" in read_rows(folder)[-1]
     log = (folder / "logs" / "rank_0000.log").read_text()
     assert f"WARNING megadlcm.training.trainer: no sample text: {folder}/samples" in log
+
+
+@pytest.mark.parametrize("name", ["checkpoints/step_0000000002/manifest.json", "metrics.jsonl"])
+def test_what_cannot_be_read_is_not_called_unwritable(
+    make_run: MakeRun, run_fails: RunFails, name: str
+) -> None:
+    config = make_run(training={"train_steps": 2}, logging={"tensorboard": False})
+    assert pretrain.run(config) == 0
+    path = Path(config.output_dir) / name
+    path.unlink()
+    path.symlink_to("/proc/self/mem")  # nothing is mapped where it begins
+    line = run_fails(config)
+    assert line.startswith(f"error: {path}: cannot be read (Input/output error); ")
+
+
+@pytest.mark.parametrize(
+    ("number", "named", "said"),
+    [
+        (errno.EIO, "/elsewhere/file", "/elsewhere/file: cannot be read or written"),
+        (errno.ENOSPC, "/elsewhere/file", "/elsewhere/file: cannot be written"),
+        (errno.ENOSPC, None, "{folder}: cannot be written"),
+    ],
+)
+def test_of_an_error_that_nobody_expects_no_more_is_said_than_is_known(
+    make_run: MakeRun,
+    run_fails: RunFails,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    named: str | None,
+    said: str,
+) -> None:
+    config = make_run(training={"train_steps": 1}, logging={"tensorboard": False})
+
+    def fail(_: Trainer) -> TrainState:
+        raise OSError(number, os.strerror(number), named)
+
+    monkeypatch.setattr(Trainer, "fit", fail)
+    assert said.format(folder=config.output_dir) in run_fails(config)
 
 
 @pytest.mark.parametrize("mask", [0o002, 0o027])

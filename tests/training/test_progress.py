@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import sys
 from typing import Any
 
 import pytest
 
+from data_pipeline.errors import StorageError
 from megadlcm.training import progress
 from megadlcm.training.progress import ProgressReport
 
@@ -51,6 +54,21 @@ def test_other_ranks_are_silent_but_log(
         report.show(row(1))
     report.close()
     assert capsys.readouterr() == ("", "") and len(caplog.messages) == 2
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_an_output_that_is_gone_is_no_full_run_folder(
+    monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """EIO is what a terminal says that was closed."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    report = ProgressReport(first_step=0, train_steps=1, enabled=True)
+    monkeypatch.setattr("builtins.print", fail)
+    with pytest.raises(StorageError, match=r"^the output cannot be written \("):
+        report.say("hello")
 
 
 def test_a_model_without_concepts_shows_no_ratio(capsys: pytest.CaptureFixture[str]) -> None:
