@@ -5,25 +5,32 @@ killed process back, on NFS that of a machine that is gone as well, once the ser
 file that nobody has locked is a dead holder's, and is taken over. Where the file system knows no
 locks, the file itself is the lock: only one start can make it, and it is taken over where its
 holder is known to be dead, which can be seen on the holder's machine alone.
+
+Some file systems keep locks on one machine only: a file that a start on another one has left is
+taken over with a warning.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.errors import InputError
-from data_pipeline.output_folder import writing
-from data_pipeline.storage.locks import FileLock, NoLocksError, try_lock
+from data_pipeline.output_folder import write_durably, writing
+from data_pipeline.storage.locks import FileLock, knows_locks, try_lock
 from megadlcm.run_folder import files
 from megadlcm.run_folder.events import now
+
+logger = logging.getLogger(__name__)
 
 _LOOKS = 20
 _PAUSE_SECONDS = 0.05
@@ -67,11 +74,12 @@ class Owner:
 
 
 @contextlib.contextmanager
-def holding(folder: Path) -> Iterator[Owner]:
+def holding(folder: Path, warn: Callable[[str], object] = logger.warning) -> Iterator[Owner]:
     """Holds a run folder for as long as the context is open; one process of a run does it for all.
 
     Args:
         folder: the run folder, which exists.
+        warn: gets a line where a start on another machine has left the folder without a word.
 
     Yields:
         What is written down of this start.
@@ -82,11 +90,11 @@ def holding(folder: Path) -> Iterator[Owner]:
     path, own = folder / files.OWNER, Owner.of_this_process()
     try:
         with writing(path):
-            lock = _take(path, own)
-    except (PermissionError, IsADirectoryError) as error:
+            lock = _take(path, own, warn)
+    except OSError as error:
         raise InputError(
-            f"output_dir = {folder}: {path} cannot be written ({error.strerror}); remove it, or "
-            "choose another output_dir",
+            f"output_dir = {folder}: {path} cannot be written ({error.strerror or error}); remove "
+            "it, or choose another output_dir",
             key="output_dir",
         ) from error
     try:
@@ -105,24 +113,30 @@ def read_owner(path: Path) -> Owner | None:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         # a later version may say more
-        return Owner(**{key: values[key] for key in Owner.__dataclass_fields__})
+        texts: dict[str, Any] = {key: str(values[key]) for key in Owner.__dataclass_fields__}
+        return Owner(**texts | {"pid": int(values["pid"])})
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _take(path: Path, own: Owner) -> FileLock | None:
+def _take(path: Path, own: Owner, warn: Callable[[str], object]) -> FileLock | None:
     """Makes this process the holder; returns its lock, None where the file alone is the lock."""
+    # asked before there is a file: one that nobody has signed would hold the folder
+    if not knows_locks(path.parent):
+        _claim(path, own)
+        return None
     found = None
     for look in range(_LOOKS):
         if look:
             time.sleep(_PAUSE_SECONDS)
-        try:
-            lock = try_lock(path)
-        except NoLocksError:
-            _take_name(path, own)
-            return None
+        lock = try_lock(path)
         if lock is not None:
-            _sign(lock, path, own)
+            try:
+                _warn_of_other_machine(path, warn)
+                _sign(lock.descriptor, path, own)
+            except BaseException:
+                lock.close()
+                raise
             return lock
         found = read_owner(path)
         # a dead one's name still stands there where another start has just taken over
@@ -131,56 +145,67 @@ def _take(path: Path, own: Owner) -> FileLock | None:
     raise _refusal(path, found)
 
 
-def _sign(lock: FileLock, path: Path, own: Owner) -> None:
-    """Writes who holds the lock of a file into it."""
-    try:
-        os.truncate(lock.descriptor, 0)
-        os.pwrite(lock.descriptor, _encode(own), 0)
-        os.fsync(lock.descriptor)
-    except BaseException:
-        path.unlink(missing_ok=True)
-        lock.close()
-        raise
+def _warn_of_other_machine(path: Path, warn: Callable[[str], object]) -> None:
+    """Says whose locked file this was, if a lock that holds on one machine would not tell."""
+    left = read_owner(path)
+    if left is not None and left.host != socket.gethostname():
+        warn(
+            f"output_dir = {path.parent}: its last start ({left}) did not end in order; make sure "
+            "that it has ended: some file systems keep locks on one machine only"
+        )
 
 
-def _take_name(path: Path, own: Owner) -> None:
-    """Makes the file, which only one start can, also in the place of a dead holder's."""
-    mine = path.with_name(f"{path.name}.{own.attempt}")
-    try:
-        mine.write_bytes(_encode(own))
-        _claim(path, mine)
-    finally:
-        mine.unlink(missing_ok=True)
-
-
-def _claim(path: Path, mine: Path) -> None:
-    """Gives the file of this start another name, unless a process that lives has it.
+def _claim(path: Path, own: Owner) -> None:
+    """Makes the file, which only one start can, also in the place of a dead holder's.
 
     Raises:
         InputError: a process that may live has it, or is about to take it from a dead one.
     """
-    while True:
+    found = None
+    for look in range(_LOOKS):
+        if look:
+            time.sleep(_PAUSE_SECONDS)
         with contextlib.suppress(FileExistsError):
-            # whole before it has the name; a link is made by one alone, on NFS too
-            os.link(mine, path)
+            _create(path, own)
             return
         found = read_owner(path)
-        if found is None and not path.exists():
-            continue  # its holder has just ended
-        if found is not None and not found.is_dead:
-            raise _refusal(path, found, f"; if that process is gone, remove {path}")
+        if found is None:
+            continue  # its holder has just ended, or is about to sign it
+        if not found.is_dead:
+            break
         # who has this name may replace the file of that dead holder, and nobody else
-        right = path.with_name(f"{path.name}.after-{found.attempt if found else 'unknown'}")
-        _claim(right, mine)
+        right = path.with_name(f"{path.name}.after-{found.attempt}")
+        _claim(right, own)
         try:
             # another start may have done so, and given the name of its right back
-            if path.exists() and read_owner(path) == found:
-                new = mine.with_name(f"{mine.name}.new")
-                os.link(mine, new)
-                os.replace(new, path)
+            if read_owner(path) == found:
+                write_durably(path, _encode(own))
                 return
         finally:
             right.unlink(missing_ok=True)
+    raise _refusal(path, found, f"; if that process is gone, remove {path}")
+
+
+def _create(path: Path, own: Owner) -> None:
+    """Makes a file that is not there, and signs it."""
+    # no link to a whole file: there are file systems without links, too
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        _sign(descriptor, path, own)
+    finally:
+        os.close(descriptor)
+
+
+def _sign(descriptor: int, path: Path, own: Owner) -> None:
+    """Writes into an open file who holds it; removes the file where that fails."""
+    try:
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, _encode(own), 0)
+        os.fsync(descriptor)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise
 
 
 def _refusal(path: Path, found: Owner | None, more: str = "") -> InputError:

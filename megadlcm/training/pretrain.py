@@ -26,7 +26,7 @@ from megadlcm.parallel.partition import build_stage_model, make_partition
 from megadlcm.parallel.process_group import abandon_process_group, join_process_group
 from megadlcm.parallel.rendezvous import RendezvousError
 from megadlcm.parallel.watch.activity import doing
-from megadlcm.parallel.watch.watchdog import report_failure
+from megadlcm.parallel.watch.watchdog import first_line, report_failure
 from megadlcm.run_folder.owner import holding
 from megadlcm.run_folder.start import check_run_folder, prepare_run_folder
 from megadlcm.training.checks import check_agreement, check_launch, check_training_sources
@@ -67,8 +67,11 @@ def run(config: RunConfig) -> int:
     with contextlib.ExitStack() as stack:
         try:
             # the log is opened by who holds the folder, and closed after the last words
-            stack.enter_context(_run_folder(config, mesh))
+            warnings = stack.enter_context(_run_folder(config, mesh))
             stack.enter_context(rank_log(config, mesh))
+            for line in warnings:
+                logger.warning("%s", line)
+                print(f"warning: {printable(line)}", file=sys.stderr)
             check_agreement(config, sources.fingerprints, mesh)
             damaged = damaged if alone else damaged_shards(config, mesh)
             # a net below those who know what they write
@@ -82,25 +85,35 @@ def run(config: RunConfig) -> int:
 
 
 @contextlib.contextmanager
-def _run_folder(config: RunConfig, mesh: ParallelMesh) -> Iterator[None]:
+def _run_folder(config: RunConfig, mesh: ParallelMesh) -> Iterator[list[str]]:
     """Holds the run folder for all processes of the run; collective.
+
+    Yields:
+        What the log should say of it.
 
     Raises:
         InputError: on every process, where another start holds it or it cannot be written.
     """
-    folder = Path(config.output_dir)
+    folder, warnings = Path(config.output_dir), list[str]()
     with contextlib.ExitStack() as stack:
-        refused = None
+        refused: Exception | None = None
         if mesh.is_writer:
             try:
-                stack.enter_context(holding(folder))
+                stack.enter_context(holding(folder, warnings.append))
                 check_run_folder(folder)
-            except (InputError, StorageError) as error:
+            except Exception as error:  # whatever it is: the others wait for the answer
                 refused = error
-        told: Exception | None = mesh.broadcast_object(refused)
-        if told is not None:
-            raise told
-        yield
+        told: Exception | None = mesh.broadcast_object(_as_told(refused, folder))
+        if (failure := refused or told) is not None:
+            raise failure
+        yield warnings
+
+
+def _as_told(error: Exception | None, folder: Path) -> Exception | None:
+    """An error of this process as another one can be told: as one line."""
+    if error is None or isinstance(error, InputError | StorageError):
+        return error
+    return StorageError(f"output_dir = {folder}: rank 0 failed: {first_line(error)}")
 
 
 def _exit_code(error: Exception) -> int:

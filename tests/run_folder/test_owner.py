@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -15,8 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.errors import InputError
-from data_pipeline.storage.locks import NoLocksError
+from data_pipeline.errors import InputError, StorageError
 from megadlcm.run_folder import owner
 from megadlcm.run_folder.owner import Owner, holding, read_owner
 from tests.support.paths import ROOT
@@ -38,12 +38,13 @@ def looks_take_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file system that knows no locks."""
+    """A file system that knows neither locks nor links."""
 
-    def refuse(path: Path) -> None:
-        raise NoLocksError(f"{path}: this file system knows no locks")
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
-    monkeypatch.setattr(owner, "try_lock", refuse)
+    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setattr("os.link", refuse)
 
 
 def write_owner(folder: Path, **changes: object) -> Owner:
@@ -102,6 +103,70 @@ def test_a_machine_that_is_gone_holds_nothing_where_there_are_locks(tmp_path: Pa
         assert read_owner(tmp_path / "owner.json") == own
 
 
+def test_of_a_start_on_another_machine_a_line_tells_which_a_local_lock_would_not(
+    tmp_path: Path,
+) -> None:
+    told: list[str] = []
+    left = write_owner(tmp_path, host="elsewhere", attempt="other")
+    with holding(tmp_path, told.append):
+        pass
+    assert len(told) == 1 and "\n" not in told[0]
+    who = f"host elsewhere, pid {os.getpid()}, since {left.started}"
+    assert f"output_dir = {tmp_path}: its last start ({who}) did not end in order" in told[0]
+    # what this machine knows needs no word: nobody, a dead start, a file without a name
+    for content in (None, "dead", ""):
+        if content == "dead":
+            write_owner(tmp_path, attempt="other", process="of a boot before")
+        elif content is not None:
+            (tmp_path / "owner.json").write_text(content)
+        with holding(tmp_path, told.append):
+            pass
+    assert len(told) == 1
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_without_locks_an_unsigned_file_is_a_holder_until_it_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "owner.json").touch()
+    line = refusal(tmp_path)
+    assert "it has not said which process" in line
+    assert f"if that process is gone, remove {tmp_path / 'owner.json'}" in line
+    (tmp_path / "owner.json").unlink()
+    with holding(tmp_path) as own:
+        assert read_owner(tmp_path / "owner.json") == own
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EIO, errno.EINVAL])
+@pytest.mark.parametrize(
+    ("failing", "locks"), [("fcntl.flock", True), ("os.fsync", True), ("os.fsync", False)]
+)
+def test_a_failure_is_one_line_and_leaves_no_file(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failing: str,
+    number: int,
+    locks: bool,
+    request: pytest.FixtureRequest,
+) -> None:
+    if not locks:
+        request.getfixturevalue("no_locks")
+
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(failing, fail)
+    said = rf"owner.json:? cannot be written \({os.strerror(number)}\)"
+    with pytest.raises((InputError, StorageError), match=said), holding(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("process", [7, None, "", "a/b"])
+def test_whatever_stands_in_the_file_is_no_failure(tmp_path: Path, process: object) -> None:
+    with holding(tmp_path):
+        write_owner(tmp_path, process=process)
+        assert "another start" in refusal(tmp_path)
+
+
 @pytest.mark.parametrize("locks", [True, False])
 @pytest.mark.parametrize("found", ["nothing", "dead"])
 def test_of_starts_in_the_same_instant_exactly_one_wins(
@@ -141,7 +206,8 @@ def test_of_starts_in_the_same_instant_exactly_one_wins(
             thread.join()
         winners = [text for text in outcomes if len(text.split()) == 1]
         assert len(outcomes) == count and len(winners) == 1
-        assert all("pid" in text for text in outcomes if text not in winners)
+        # of a winner that is slow to sign it is not said who it is
+        assert all("another start" in text for text in outcomes if text not in winners)
         assert list(folder.iterdir()) == []
 
 
@@ -153,6 +219,18 @@ def test_without_locks_a_holder_that_is_known_to_be_dead_is_followed(tmp_path: P
         with holding(tmp_path) as own:
             assert read_owner(tmp_path / "owner.json") == own
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_without_locks_one_that_died_while_it_followed_a_dead_one_is_followed(
+    tmp_path: Path,
+) -> None:
+    write_owner(tmp_path, process="of a boot before", attempt="second")
+    (tmp_path / "owner.json").rename(tmp_path / "owner.json.after-first")
+    write_owner(tmp_path, process="of a boot before", attempt="first")
+    with holding(tmp_path) as own:
+        assert read_owner(tmp_path / "owner.json") == own
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("no_locks")

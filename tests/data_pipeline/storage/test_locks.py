@@ -17,6 +17,7 @@ from data_pipeline.errors import StorageError
 from data_pipeline.storage.locks import (
     NoLocksError,
     is_locked,
+    knows_locks,
     lock_new_file,
     try_lock,
     wait_for_lock,
@@ -173,3 +174,23 @@ def test_a_new_file_is_locked_from_the_start(
     with pytest.raises(NoLocksError) as error:
         lock_new_file(str(tmp_path / "other"))
     assert error.value.reason == "No locks available" and not (tmp_path / "other").exists()
+
+
+def test_whether_a_file_system_knows_locks_is_found_out_without_a_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert knows_locks(tmp_path)
+
+    def refuse(number: int) -> None:
+        def fail(*_: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(fcntl, "flock", fail)
+
+    for number in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        refuse(number)
+        assert not knows_locks(tmp_path)
+    refuse(errno.EIO)
+    with pytest.raises(OSError, match="Input/output"):
+        knows_locks(tmp_path)
+    assert list(tmp_path.iterdir()) == []
