@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, TypeVar
 
@@ -15,15 +14,21 @@ from data_pipeline.masking import masked
 from data_pipeline.small_file import check_size, most_bytes
 from data_pipeline.storage.cache import ShardCache
 from data_pipeline.storage.interface import StorageOptions, StoredFile
+from data_pipeline.storage.listing import MOST_LISTING_BYTES, linked_names
+from data_pipeline.storage.patience import (
+    LEAST_BYTES,
+    PATIENCE_SECONDS,
+    GaveUpError,
+    Pace,
+    within_patience,
+)
 from data_pipeline.storage.retries import with_retries
 
 Result = TypeVar("Result")
 
 CHUNK_BYTES = 8 * 2**20
-SILENCE_SECONDS = 60.0
-"""Longest that a web server may send nothing before the read counts as failed."""
-LEAST_BYTES_PER_SECOND = 2**16
-"""Of a file that is read whole, on average after the first minute."""
+LISTING_BYTES = 10 * LEAST_BYTES
+"""What the listing of a store counts as where its pages are not seen."""
 _NOT_FOUND = (404, 410)
 _DENIED = (401, 403)
 
@@ -62,18 +67,22 @@ class RemoteFolder:
     def exists(self) -> bool:
         """Whether the store knows of the folder; many know only of files in it."""
         try:
-            self._retried("", lambda system, path: system.info(path))
+            self._retried("", lambda system, path: within_patience(lambda: system.info(path)))
         except FileNotFoundError:
             return False
         return True
 
     def names(self) -> list[str]:
-        entries = self._retried("", lambda system, path: system.ls(path, detail=True))
-        names = {
-            entry["name"].rpartition("/")[2] for entry in entries if entry["type"] != "directory"
-        }
-        # The page by which a web server lists a folder links to itself in other orders.
-        return sorted(name for name in names if "?" not in name)
+        return self._retried("", self._linked if self._is_web else _listed)
+
+    def _linked(self, system: Any, path: str) -> list[str]:
+        page = self._read_whole(system, path, MOST_LISTING_BYTES)
+        if len(page) > MOST_LISTING_BYTES:
+            raise StorageError(
+                f"{self._url}: its listing goes on after {MOST_LISTING_BYTES:,} bytes, so it is "
+                "not that of a shard folder; check the server"
+            )
+        return linked_names(page, path)
 
     def size(self, name: str) -> int:
 
@@ -90,28 +99,16 @@ class RemoteFolder:
         def read(system: Any, path: str) -> bytes:
             stored, most = _size(system, path), most_bytes(name)
             check_size(self.path(name), stored or 0, most)
-            contents = self._streamed(system, path, most) if self._is_web else system.cat_file(path)
-            # Some servers hang up early without an error.
+            if self._is_web or stored is None:
+                contents = self._read_whole(system, path, most if stored is None else stored)
+                check_size(self.path(name), len(contents), most)
+            else:
+                contents = within_patience(lambda: system.cat_file(path), stored)
+            # Some servers hang up early without an error, others go on after what they declared.
             _check_arrived(len(contents), stored)
             return contents
 
         return self._retried(name, read)
-
-    def _streamed(self, system: Any, path: str, most: int) -> bytes:
-        """Reads a whole file of a web server, which may send it slowly or without an end."""
-        began, arrived = time.monotonic(), bytearray()
-        with system.open(path, "rb", cache_type="none", block_size=0) as file:
-            while chunk := file.read(CHUNK_BYTES):
-                arrived += chunk
-                check_size(path, len(arrived), most)
-                seconds = time.monotonic() - began
-                # A byte now and then is no silence, and would go on for years.
-                if seconds > SILENCE_SECONDS + len(arrived) / LEAST_BYTES_PER_SECOND:
-                    raise StorageError(
-                        f"{path}: {len(arrived):,} bytes in {seconds:.0f} s, which is too slow to "
-                        "wait for; check the storage and start again"
-                    )
-        return bytes(arrived)
 
     def open(self, name: str, size: int, sha256: bytes) -> StoredFile:
         """Opens the local copy of a shard; it is downloaded where there is none.
@@ -146,15 +143,45 @@ class RemoteFolder:
         """Yields the bytes of a file; fails where fewer arrive than the store has."""
         arrived = 0
         with self._connected(name) as (system, path):
-            options: dict[str, Any] = {"cache_type": "none"}
-            if self._is_web:
-                options["block_size"] = 0  # one request: not every web server knows ranges
-            with system.open(path, "rb", **options) as file:
-                while chunk := file.read(CHUNK_BYTES):
+            with contextlib.closing(self._stream(system, path)) as stream:
+                for chunk in stream:
                     arrived += len(chunk)
                     yield chunk
             if arrived < size:
                 _check_arrived(arrived, _size(system, path))
+
+    def _read_whole(self, system: Any, path: str, most: int) -> bytes:
+        """Returns the bytes of a file; of a longer one a few more than `most`."""
+        contents = bytearray()
+        with contextlib.closing(self._stream(system, path)) as stream:
+            for chunk in stream:
+                contents += chunk
+                if len(contents) > most:
+                    break
+        return bytes(contents)
+
+    def _stream(self, system: Any, path: str) -> Generator[bytes]:
+        """Yields the bytes of a file as they come; fails where they come too slowly."""
+        options: dict[str, Any] = {"cache_type": "none"}
+        if self._is_web:
+            options["block_size"] = 0  # one request: not every web server knows ranges
+        file = within_patience(lambda: system.open(path, "rb", **options))
+
+        def read() -> bytes:
+            contents: bytes = file.read(CHUNK_BYTES)
+            return contents
+
+        # the web returns what has come, or fails after a silence; others when a chunk is complete
+        attempt = read if self._is_web else lambda: within_patience(read, CHUNK_BYTES)
+        pace = Pace()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(file)
+            try:
+                while chunk := pace.next(attempt):
+                    yield chunk
+            except GaveUpError:
+                stack.pop_all()  # to close it would wait for the read
+                raise
 
     @contextlib.contextmanager
     def _connected(self, name: str) -> Iterator[tuple[Any, str]]:
@@ -209,14 +236,21 @@ def _web_settings() -> dict[str, Any]:
     from aiohttp import ClientTimeout  # fsspec has just imported it
 
     # By itself aiohttp ends every download after five minutes, however well it goes on.
-    timeout = ClientTimeout(total=None, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS)
+    timeout = ClientTimeout(total=None, sock_connect=PATIENCE_SECONDS, sock_read=PATIENCE_SECONDS)
     # trusted: passwords come from ~/.netrc, and proxies from the environment
     return {"client_kwargs": {"timeout": timeout, "trust_env": True}}
 
 
 def _size(system: Any, path: str) -> int | None:
-    size: int | None = system.info(path)["size"]
+    size: int | None = within_patience(lambda: system.info(path)["size"])
     return size
+
+
+def _listed(system: Any, path: str) -> list[str]:
+    entries = within_patience(lambda: system.ls(path, detail=True), LISTING_BYTES)
+    return sorted(
+        {entry["name"].rpartition("/")[2] for entry in entries if entry["type"] != "directory"}
+    )
 
 
 def _check_arrived(arrived: int, stored: int | None) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import urllib.request
 from http.server import SimpleHTTPRequestHandler
 from typing import Any, ClassVar
 
 import fsspec
+import pytest
+
+without_aiohttp = pytest.mark.skipif(
+    importlib.util.find_spec("aiohttp") is None,
+    reason="http:// URLs need aiohttp; pip install aiohttp to run it",
+)
 
 
 class StatusError(Exception):

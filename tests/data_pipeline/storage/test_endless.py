@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import shutil
+import threading
 from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from data_pipeline.config import SourceConfig
 from data_pipeline.errors import InputError, StorageError
 from data_pipeline.reading.shards import open_documents
 from data_pipeline.small_file import read_small
-from data_pipeline.storage import remote_folder
+from data_pipeline.storage import patience, remote_folder
 from data_pipeline.storage.interface import StorageOptions
 from data_pipeline.storage.remote_folder import RemoteFolder
 from data_pipeline.tokenizer import load_tokenizer
@@ -32,6 +34,9 @@ KINDS: dict[str, Callable[[Path], Any]] = {
     "huge": lambda path: _sparse(path, 2**40),
 }
 NAMES = ("index.json", "shards.npy", "tokenizer.json", "*.documents.npy", "*.tar")
+
+
+SHARD = bytes(range(256)) * 40
 
 
 def _sparse(path: Path, num_bytes: int) -> None:
@@ -54,6 +59,11 @@ def test_what_is_no_file_in_a_shard_folder_is_named_at_once(
     one_line(error)
     assert str(path) in str(error.value) or name == "shards.npy"
     assert source.path in str(error.value)
+
+
+def open_shard(store: RemoteFolder) -> bytes:
+    file = store.open("a.tar", len(SHARD), hashlib.sha256(SHARD).digest())
+    return bytes(file.pread(len(SHARD), 0))
 
 
 def read_whole(source: SourceConfig) -> None:
@@ -92,50 +102,49 @@ def test_a_file_of_a_store_that_says_to_be_huge_is_not_read(
         store.read_bytes("index.json")
 
 
-class Stream(BytesIO):
-    """What a web server sends: a byte at a time, and time passes."""
+def test_a_store_that_tells_no_size_is_read_no_further_than_a_file_may_be(
+    store: RemoteFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_folder, "_size", lambda *_: None)
+    assert len(store.read_bytes("index.json")) == 1000
+    monkeypatch.setattr(remote_folder, "most_bytes", lambda _: 999)
+    with pytest.raises(InputError, match="1,000 bytes or more, must be at most 999"):
+        store.read_bytes("index.json")
 
-    def __init__(self, contents: bytes, seconds: float, clock: list[float]) -> None:
-        super().__init__(contents)
-        self._seconds, self._clock = seconds, clock
+
+class Stuck(io.BytesIO):
+    """A file of a store whose read does not return while the test goes on."""
+
+    returns = threading.Event()
+    closed_early = False
 
     def read(self, size: int | None = -1) -> bytes:
-        self._clock[0] += self._seconds
-        return super().read(1)
+        self.returns.wait()
+        return b""
+
+    def close(self) -> None:
+        Stuck.closed_early |= not self.returns.is_set()
+        super().close()
 
 
-def streamed(
-    store: RemoteFolder, monkeypatch: pytest.MonkeyPatch, num_bytes: int, seconds: float
-) -> int:
-    """Reads a web file of so many bytes, one each so many seconds; the bytes, or what is raised."""
-    clock = [0.0]
-    monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    monkeypatch.setattr(store, "_is_web", True)
-    FaultyFileSystem.fill(**{"index.json": b"x" * num_bytes})
-    monkeypatch.setattr(
-        FaultyFileSystem, "_open", lambda *_, **__: Stream(b"x" * num_bytes, seconds, clock)
-    )
-    return len(store.read_bytes("index.json"))
-
-
-def test_a_server_that_sends_a_byte_now_and_then_is_given_up(
-    store: RemoteFolder, monkeypatch: pytest.MonkeyPatch
+def test_a_read_of_a_store_that_does_not_return_is_left(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    with pytest.raises(StorageError, match="too slow to wait for") as error:
-        streamed(store, monkeypatch, 1000, seconds=5.0)
-    assert "13 bytes in 65 s" in str(error.value)
-    # the control: a slow one that comes to its end
-    assert streamed(store, monkeypatch, 1000, seconds=0.05) == 1000
-
-
-def test_a_server_that_never_ends_is_given_up(
-    store: RemoteFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It tells no size, or a wrong one."""
+    """Nor is the file closed meanwhile, which could wait for the read."""
+    FaultyFileSystem.fill(**{"a.tar": SHARD})
+    store = RemoteFolder("faulty://folder", StorageOptions(2, 0.0, str(tmp_path)))
+    assert open_shard(store)
+    store.distrust("a.tar")
+    monkeypatch.setattr(FaultyFileSystem, "_open", lambda *_, **__: Stuck())
+    monkeypatch.setattr(patience, "PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr(remote_folder, "CHUNK_BYTES", 1)
     monkeypatch.setattr(remote_folder, "_size", lambda *_: None)
-    monkeypatch.setattr(remote_folder, "most_bytes", lambda _: 100)
-    with pytest.raises(InputError, match="101 bytes or more, must be at most 100"):
-        streamed(store, monkeypatch, 10_000, seconds=0.0)
+    with pytest.raises(
+        StorageError, match=r"^faulty://folder/a\.tar: .* 2 attempts \(no answer in"
+    ):
+        open_shard(store)
+    assert not Stuck.closed_early
+    Stuck.returns.set()
 
 
 def test_an_index_that_is_refused_keeps_its_own_way_out(

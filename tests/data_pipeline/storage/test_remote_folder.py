@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
 import multiprocessing
 import pickle
 import threading
@@ -31,6 +30,7 @@ from tests.support.faulty_stores import (
     FlakyHandler,
     StatusError,
     caused,
+    without_aiohttp,
 )
 
 SHARD = bytes(range(256)) * 40
@@ -266,12 +266,6 @@ def web_folder(tmp_path: Path) -> Iterator[tuple[Path, str]]:
         yield root, f"127.0.0.1:{server.server_port}/folder"
         server.shutdown()
         thread.join()
-
-
-without_aiohttp = pytest.mark.skipif(
-    importlib.util.find_spec("aiohttp") is None,
-    reason="http:// URLs need aiohttp; pip install aiohttp to run it",
-)
 
 
 @pytest.mark.parametrize("protocol", ["plainweb", pytest.param("http", marks=without_aiohttp)])
