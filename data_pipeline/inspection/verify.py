@@ -123,7 +123,8 @@ def _unlisted_files(index: ShardIndex, storage: Storage) -> Iterator[str]:
     """Yields the files of shards that the index does not know."""
     try:
         names = storage.names()
-    except (FileNotFoundError, StorageError) as error:  # many web servers list no folder
+    except (FileNotFoundError, InputError, StorageError) as error:
+        # many web servers list no folder
         reason = " ".join(str(error).split())
         say(f"{index.location}: lists no files, so there may be shards beside the index ({reason})")
         return

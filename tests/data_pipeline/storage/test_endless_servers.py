@@ -155,3 +155,15 @@ def test_verify_names_the_shard_and_the_listing(
     (problem,) = shown.out.splitlines()
     assert problem.startswith(f"{server.url}/shard-000001.tar: cannot be read after 5 attempts (")
     assert f"{server.url}: lists no files" in shown.err and "goes on after 1,048,576" in shown.err
+
+
+def test_a_folder_that_may_not_be_listed_is_verified_all_the_same(
+    make_numbered: Callable[..., SourceConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Many web servers forbid it."""
+    with serving(Path(make_numbered([30, 5]).path)) as server:
+        server.forbidden.add("")
+        run_verify(argparse.Namespace(location=server.url, workers=1, cache_dir=str(tmp_path)))
+    shown = capsys.readouterr()
+    assert "all as written" in shown.out
+    assert f"{server.url}: lists no files" in shown.err and "permission denied" in shown.err
