@@ -178,6 +178,12 @@ class TrainingEngine:
         """Elements of all parameters of the whole model."""
         return count_parameters(self.model.config)["total"]
 
+    def forward_pass(self) -> contextlib.AbstractContextManager[None]:
+        """What DeepSpeed's own forward passes run in: stage 3 gathers parameters there."""
+        if self.zero_stage < 3:
+            return contextlib.nullcontext()
+        return doing("forward pass", computes=True)
+
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Runs one backward pass; gradients are added up until the last one of the step.
 
@@ -224,7 +230,9 @@ class TrainingEngine:
             return
         from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
 
-        with unwrap_model_for_generation(self.deepspeed):
+        with contextlib.ExitStack() as stack:
+            with doing("data parallel all-gather of parameters"):
+                stack.enter_context(unwrap_model_for_generation(self.deepspeed))
             yield self.model
 
     def gradient_square_sums(self) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from megadlcm.engine.engine import TrainingEngine
 from megadlcm.parallel.partition import ShardSpec, shard
 from megadlcm.parallel.transfer import all_gather_shards, bring_to_first_stage
+from megadlcm.parallel.watch.activity import doing
 
 STEP_KEY = "step"
 
@@ -206,9 +207,10 @@ def _owners(engine: TrainingEngine) -> Iterator[tuple[str, nn.Parameter, Tensor]
 def _get(engine: TrainingEngine, parameter: Any, key: str | None = None) -> Tensor:
     """Collects the fp32 master of a partitioned parameter, or an entry of its optimizer state."""
     zero: Any = engine.zero_optimizer
-    if engine.zero_stage == 3:
-        return zero.get_full_hp_param(parameter, key)
-    return parameter.get_full_hp_param(key)
+    with doing("data parallel gather of a master"):
+        if engine.zero_stage == 3:
+            return zero.get_full_hp_param(parameter, key)
+        return parameter.get_full_hp_param(key)
 
 
 def _set(engine: TrainingEngine, parameter: Any, value: Tensor, key: str | None = None) -> None:
@@ -230,12 +232,13 @@ def _follow_masters(engine: TrainingEngine) -> None:
     zero = engine.zero_optimizer
     if zero is None:
         return
-    if engine.zero_stage < 3:
-        zero.update_lp_params()
-        return
-    zero._partition_all_parameters()  # small ones are kept whole and would keep their old values
-    for sub_group in range(len(zero.fp16_groups)):
-        zero._reassign_or_swap_out_partitioned_parameters(sub_group)
+    with doing("data parallel all-gather of parameters"):
+        if engine.zero_stage < 3:
+            zero.update_lp_params()
+            return
+        zero._partition_all_parameters()  # small ones are whole and would keep their old values
+        for sub_group in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(sub_group)
 
 
 def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -175,7 +175,10 @@ class TrainStep:
         stats = self.objective.empty_stats()
 
         def forward(chunk: Chunk, index: int, flow: Flow) -> Tensor | None:
-            result: ChunkResult = self.engine.deepspeed(chunk, flow, micro_batches[index], totals)
+            with self.engine.forward_pass():
+                result: ChunkResult = self.engine.deepspeed(
+                    chunk, flow, micro_batches[index], totals
+                )
             if result.stats is not None:
                 stats.add_(result.stats)
             return result.loss

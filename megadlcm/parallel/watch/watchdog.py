@@ -27,12 +27,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import torch.distributed as dist
 
 from megadlcm.parallel.watch.activity import THIS_PROCESS, Activity, Phase
 from megadlcm.parallel.watch.diagnosis import Findings, find_missing
@@ -370,10 +373,16 @@ def report_failure(error: BaseException) -> str | None:
     """
     if _watchdog is None:
         return None
-    if _watchdog.activity.broke_in is not None and isinstance(error, RuntimeError):
+    is_of_collective = _watchdog.activity.broke_in is not None or is_of_backend(error)
+    if is_of_collective and isinstance(error, RuntimeError):
         return _watchdog.explain(error)
     _watchdog.publish_failure(first_line(error))
     return None
+
+
+def is_of_backend(error: BaseException) -> bool:
+    """Whether a collective raised it, one that a library runs on its own account among them."""
+    return isinstance(error, dist.DistError) or bool(re.search("gloo|NCCL", str(error)))
 
 
 def first_line(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from megadlcm.parallel.watch import watchdog as watchdog_module
 from megadlcm.parallel.watch.activity import Activity, doing
 from megadlcm.parallel.watch.watchdog import Watchdog
 from tests.support.watched_run import INTERVAL, LONG, TIMEOUT, Ended, Run, said
@@ -215,3 +216,31 @@ def test_the_thread_does_so_by_the_clock_of_the_machine() -> None:
         assert time.monotonic() - started > 0.25
     watchdog.stop()
     assert [thread.name for thread in threading.enumerate() if thread.name == "watchdog"] == []
+
+
+@pytest.mark.parametrize(
+    ("error", "is_explained"),
+    [
+        (RuntimeError("[/pytorch/third_party/gloo/pair.cc:547] Connection closed by peer"), True),
+        (RuntimeError("NCCL communicator was aborted on rank 1"), True),
+        (dist.DistBackendError("remote process exited"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("a value that speaks of NCCL"), False),
+    ],
+)
+def test_a_collective_that_a_library_runs_on_its_own_account_is_explained_too(
+    run: Run, error: Exception, is_explained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has entered it under a name: DeepSpeed's own gathers, say."""
+    mine = run.watchdogs[1]
+    for watchdog in run.watchdogs:
+        watchdog.send_heartbeat()
+    run.lives(0)
+    monkeypatch.setattr(watchdog_module, "_watchdog", mine)
+    text = watchdog_module.report_failure(error)
+    if is_explained:
+        assert text is not None and "; rank 2 (" in text and "sends no heartbeat" in text
+        assert run.shown(1).failure is None
+    else:
+        assert text is None
+        assert run.shown(1).failure is not None
