@@ -1,0 +1,245 @@
+"""Where checkpoints lie: six verbs, and how a file system does them.
+
+Names are those of checkpoint folders, `step_0000000100`; files of one being written lie in a folder
+of its own, told apart by the start of the run that writes it. So nothing is ever written into a file
+that is there, and a writer of an earlier start cannot touch what a later one does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Protocol
+
+from data_pipeline.output_folder import sync_path, writing
+from megadlcm.run_folder import files
+
+_PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 20.0)
+"""Seconds between looks for a file that a manifest vouches for: names come late on NFS."""
+_OURS = re.compile(files.STEP_PATTERN + r"\.[0-9a-f]{32}\.(writing|deleting)")
+
+
+class NewFile(Protocol):
+    """A file being written, which nobody reads before its folder is published."""
+
+    def write(self, block: memoryview | bytes) -> None:
+        """Appends bytes."""
+        ...
+
+    def finish(self) -> None:
+        """Returns when the bytes survive a crash of the machine; once."""
+        ...
+
+    def abandon(self) -> None:
+        """Gives the file up."""
+        ...
+
+
+class CheckpointStorage(Protocol):
+    """Where checkpoints of a run lie."""
+
+    def begin(self, name: str, attempt: str, num_bytes: int) -> None:
+        """Makes room for a checkpoint that is about to be written."""
+        ...
+
+    def create(self, name: str, attempt: str, file: str) -> NewFile:
+        """Opens a new file of it."""
+        ...
+
+    def publish(self, name: str, attempt: str, manifest: bytes) -> None:
+        """Makes a checkpoint exist, whole."""
+        ...
+
+    def abandon(self, name: str, attempt: str) -> None:
+        """Removes what was written of it, as far as it can be."""
+        ...
+
+    def list(self) -> list[str]:
+        """Names of what may be a checkpoint, newest first."""
+        ...
+
+    def manifest(self, name: str) -> bytes:
+        """Reads the manifest; raises FileNotFoundError where there is none."""
+        ...
+
+    def size(self, name: str, file: str) -> int:
+        """Bytes of a file of a checkpoint."""
+        ...
+
+    def read(self, name: str, file: str, start: int, into: memoryview) -> int:
+        """Reads bytes of it from `start` on; how many there were."""
+        ...
+
+    def remove(self, name: str, attempt: str) -> None:
+        """Removes a checkpoint, or what is left of it; it looks like none at once."""
+        ...
+
+    def tidy(self, attempt: str) -> list[str]:
+        """Removes what killed starts left; what could not be removed, and why."""
+        ...
+
+
+class _LocalFile:
+    """A file on a file system."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        self._descriptor = os.open(path, flags, 0o666)
+
+    def write(self, block: memoryview | bytes) -> None:
+        view = memoryview(block)
+        with writing(self.path):
+            while len(view):
+                view = view[os.write(self._descriptor, view) :]
+
+    def finish(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        with writing(self.path):
+            try:
+                # an error here is the only word of bytes that are lost; asked again it would not
+                # come again
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def abandon(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+
+
+class LocalStorage:
+    """Checkpoints in a folder of a file system that the processes of the run share.
+
+    Args:
+        root: the folder `checkpoints`.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def _building(self, name: str, attempt: str) -> Path:
+        return self.root / f"{name}.{attempt}.writing"
+
+    def begin(self, name: str, attempt: str, num_bytes: int) -> None:
+        building = self._building(name, attempt)
+        with writing(building, num_bytes):
+            self.root.mkdir(parents=True, exist_ok=True)
+            room = shutil.disk_usage(self.root).free
+            if room < num_bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(building))
+            shutil.rmtree(building, ignore_errors=True)  # of a save of this start that failed
+            building.mkdir()
+            sync_path(self.root)
+
+    def create(self, name: str, attempt: str, file: str) -> NewFile:
+        path = self._building(name, attempt) / file
+        with writing(path):
+            return _LocalFile(path)
+
+    def publish(self, name: str, attempt: str, manifest: bytes) -> None:
+        building, final = self._building(name, attempt), self.root / name
+        unfinished = building / f"{files.MANIFEST}.unfinished"
+        with writing(final):
+            file = _LocalFile(unfinished)
+            file.write(manifest)
+            file.finish()
+            unfinished.rename(building / files.MANIFEST)
+            sync_path(building)
+            if os.path.lexists(final):
+                # damaged, and passed over: a folder that has files cannot be replaced in one call
+                self._set_aside(name, attempt)
+            building.rename(final)
+            sync_path(self.root)
+
+    def abandon(self, name: str, attempt: str) -> None:
+        shutil.rmtree(self._building(name, attempt), ignore_errors=True)
+
+    def list(self) -> list[str]:
+        pattern = re.compile(files.STEP_PATTERN)
+        try:
+            entries = list(os.scandir(self.root))
+        except FileNotFoundError:
+            return []
+        found = [
+            entry.name for entry in entries if pattern.fullmatch(entry.name) and entry.is_dir()
+        ]
+        return sorted(found, reverse=True)
+
+    def manifest(self, name: str) -> bytes:
+        return (self.root / name / files.MANIFEST).read_bytes()
+
+    def size(self, name: str, file: str) -> int:
+        return (self.root / name / file).stat().st_size
+
+    def read(self, name: str, file: str, start: int, into: memoryview) -> int:
+        descriptor = self._open(self.root / name / file)
+        try:
+            count = 0
+            while count < len(into):
+                got = os.preadv(descriptor, [into[count:]], start + count)
+                if not got:
+                    break
+                count += got
+            return count
+        finally:
+            os.close(descriptor)
+
+    def _open(self, path: Path) -> int:
+        for pause in (*_PAUSES, None):
+            try:
+                return os.open(path, os.O_RDONLY)
+            except FileNotFoundError:
+                if pause is None or not path.parent.is_dir():
+                    raise
+            with contextlib.suppress(OSError):
+                os.listdir(path.parent)  # has NFS ask its server anew
+            time.sleep(pause)
+        raise AssertionError
+
+    def remove(self, name: str, attempt: str) -> None:
+        doomed = self._set_aside(name, attempt)
+        _remove_tree(doomed)
+
+    def _set_aside(self, name: str, attempt: str) -> Path:
+        doomed = self.root / f"{name}.{attempt}.deleting"
+        _remove_tree(doomed)
+        (self.root / name).rename(doomed)
+        return doomed
+
+    def tidy(self, attempt: str) -> list[str]:
+        problems = []
+        try:
+            names = sorted(entry.name for entry in os.scandir(self.root))
+        except FileNotFoundError:
+            return []
+        for name in names:
+            if _OURS.fullmatch(name):
+                try:
+                    _remove_tree(self.root / name)
+                except OSError as error:
+                    problems.append(f"{self.root / name}: cannot be removed ({error.strerror})")
+        return problems
+
+
+def _remove_tree(path: Path) -> None:
+    """Removes a folder, a file or a link, if it is there."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def read_whole(storage: CheckpointStorage, name: str, file: str, num_bytes: int) -> bytes:
+    """Reads a file of a checkpoint that its manifest gives this size; it may be cut or longer."""
+    content = bytearray(num_bytes)
+    got = storage.read(name, file, 0, memoryview(content))
+    return bytes(content[:got])
