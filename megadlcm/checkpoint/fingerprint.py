@@ -3,8 +3,8 @@
     fingerprint = sum of weight(i) x bits(i) modulo 2^64
 
 over its elements, i the flat index in the whole tensor, bits those of the fp32 value; weight(i) is
-A(i // 2^14) x B(i mod 2^14), A and B odd numbers by SplitMix64. Compared after a load it proves that
-every element came to its place, which checksums of files cannot. -0.0 and 0.0 are two values.
+A(i // 2^14) x B(i mod 2^14), A and B odd numbers by SplitMix64. Compared after a load it proves
+that every element came to its place, which checksums of files cannot. -0.0 and 0.0 are two values.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -25,6 +26,8 @@ from data_pipeline.errors import InputError
 FORMAT = 2
 """Of the folder; 1 had no sharded files, and does not say so."""
 BLOCK_BYTES = 1 << 22
+INDEX = "index.safetensors"
+TOKENIZER = "tokenizer.json"
 MASTER = "master"
 DIGEST = "xxh3_64"
 _ALIGNMENT = 4096
@@ -35,8 +38,8 @@ _ITEM_BYTES = 4
 class FileEntry:
     """What the manifest says of a file."""
 
-    bytes: int
-    """Its size."""
+    size: int
+    """Its bytes."""
     blocks: str
     """16 hex digits for each of its blocks."""
     digest: str
@@ -48,10 +51,15 @@ class FileEntry:
         text = "".join(f"{block:016x}" for block in blocks)
         return cls(num_bytes, text, hashlib.sha256(bytes.fromhex(text)).hexdigest())
 
+    @staticmethod
+    def checksum(block: memoryview | bytes) -> int:
+        """Of one block."""
+        return xxhash.xxh3_64_intdigest(block)
+
     @property
     def num_blocks(self) -> int:
         """Blocks, of which the last may be short."""
-        return -(-self.bytes // BLOCK_BYTES)
+        return -(-self.size // BLOCK_BYTES)
 
     def block(self, index: int) -> int:
         """Checksum of a block."""
@@ -97,7 +105,7 @@ class Manifest:
     @property
     def num_bytes(self) -> int:
         """Of all files."""
-        return sum(entry.bytes for entry in self.files.values())
+        return sum(entry.size for entry in self.files.values())
 
     def encode(self) -> bytes:
         """Its text, the last line of which is the digest of what stands before."""
@@ -175,7 +183,7 @@ def rank_file_header(sizes: Mapping[str, int]) -> bytes:
     return length.to_bytes(8, "little") + text.ljust(length)
 
 
-def parse_header(content: bytes, num_bytes: int) -> dict[str, tuple[int, int]]:
+def parse_header(content: bytes, num_bytes: int) -> dict[str, tuple[int, tuple[int, ...]]]:
     """Places of the fp32 arrays of a safetensors file.
 
     Args:
@@ -183,7 +191,7 @@ def parse_header(content: bytes, num_bytes: int) -> dict[str, tuple[int, int]]:
         num_bytes: size of the file.
 
     Returns:
-        By name the byte at which an array begins, and its elements.
+        By name the byte at which an array begins, and its shape.
 
     Raises:
         ValueError: it is no such file, or holds something else than fp32.
@@ -198,7 +206,10 @@ def parse_header(content: bytes, num_bytes: int) -> dict[str, tuple[int, int]]:
         begin, end = entry["data_offsets"]
         if entry["dtype"] != "F32" or not 0 <= begin <= end <= num_bytes - 8 - length:
             raise ValueError(f"{name} is no fp32 array in it")
-        places[name] = (8 + length + begin, (end - begin) // _ITEM_BYTES)
+        shape = tuple(int(extent) for extent in entry["shape"])
+        if math.prod(shape) * _ITEM_BYTES != end - begin:
+            raise ValueError(f"{name} has another size than its shape says")
+        places[name] = (8 + length + begin, shape)
     return places
 
 
@@ -214,7 +225,7 @@ def write_blocks(sink: Sink, parts: Iterable[memoryview | bytes]) -> FileEntry:
     """
     checksums, total = [], 0
     for block in blocks_of(parts):
-        checksums.append(xxhash.xxh3_64_intdigest(block))
+        checksums.append(FileEntry.checksum(block))
         sink.write(block)
         total += len(block)
     return FileEntry.of(total, checksums)
@@ -243,9 +254,9 @@ def blocks_of(parts: Iterable[memoryview | bytes]) -> Iterator[memoryview]:
 
 def block_problem(entry: FileEntry, index: int, content: memoryview | bytes) -> str:
     """What is wrong with a block of a file; empty if nothing is."""
-    expected = min(BLOCK_BYTES, entry.bytes - index * BLOCK_BYTES)
+    expected = min(BLOCK_BYTES, entry.size - index * BLOCK_BYTES)
     if len(content) != expected:
         return f"block {index} ends after {len(content):,} of {expected:,} bytes"
-    if xxhash.xxh3_64_intdigest(content) != entry.block(index):
+    if FileEntry.checksum(content) != entry.block(index):
         return f"block {index} (bytes {index * BLOCK_BYTES:,} on) has another checksum"
     return ""

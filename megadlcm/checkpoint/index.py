@@ -195,6 +195,18 @@ class Index:
     def _numbers(self) -> dict[str, int]:
         return {name: number for number, name in enumerate(self.names)}
 
+    def array_sizes(self, file: int, keys: Sequence[str]) -> dict[str, int]:
+        """Elements of the arrays of a file: of `master`, which has buffers too, and of the states.
+
+        Args:
+            file: its number.
+            keys: kinds of optimizer state.
+        """
+        rows = self.rows[self.rows[:, 4] == file]
+        lengths = rows[:, 3] - rows[:, 2]
+        own = int(lengths[rows[:, 0] < self.num_parameters].sum())
+        return {"master": int(lengths.sum())} | dict.fromkeys(keys, own)
+
     def range_of(self, row: int) -> Range:
         """The slice of a row."""
         tensor, piece, start, stop = (int(value) for value in self.rows[row, :4])
@@ -267,7 +279,8 @@ def _copy_of(row: int, common: Piece, stored: Range, wanted: Range) -> Copy:
             extents[index] *= extents.pop(index + 1)
             for steps in strides:
                 steps[index] = steps.pop(index + 1)
-    return Copy(row, *places, tuple(extents), tuple(strides[0]), tuple(strides[1]))
+    source, target = places
+    return Copy(row, source, target, tuple(extents), tuple(strides[0]), tuple(strides[1]))
 
 
 def boxes(start: int, stop: int, shape: Shape) -> list[Piece]:

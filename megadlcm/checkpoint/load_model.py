@@ -7,11 +7,14 @@ from pathlib import Path
 
 import torch
 
-from megadlcm.checkpoint.tensors import read_tensors
+from data_pipeline.errors import InputError
+from megadlcm.checkpoint.folder import find_checkpoint
+from megadlcm.checkpoint.format import MASTER
+from megadlcm.checkpoint.index import Piece, Range
+from megadlcm.checkpoint.load import jobs_for
+from megadlcm.checkpoint.reading import BlockReader
 from megadlcm.config import config_from_dict
 from megadlcm.model import LanguageModel, build_model
-from megadlcm.run_folder import files
-from megadlcm.run_folder.checkpoints import find_checkpoint, read_description
 
 
 def load_model(path: str | Path) -> LanguageModel:
@@ -26,13 +29,20 @@ def load_model(path: str | Path) -> LanguageModel:
     Raises:
         InputError: no complete checkpoint there.
     """
-    folder = find_checkpoint(path)
-    config = config_from_dict(read_description(folder)["config"])
+    checkpoint = find_checkpoint(path)
+    config = config_from_dict(checkpoint.description["config"])
     # the run may have named a kernel that no CPU has
     shape = dataclasses.replace(config.model, attention_backend="auto")
     # on meta first: initial values would be drawn for nothing
     model = build_model(shape, config.mup, device=torch.device("meta"))
     model = model.to_empty(device="cpu")
-    missing, unexpected = model.load_state_dict(read_tensors(folder / files.MODEL), strict=True)
-    assert not missing and not unexpected
+    jobs = []
+    for name, tensor in model.state_dict().items():
+        whole = Piece((0,) * tensor.dim(), tuple(tensor.shape))
+        part = Range(name, whole, 0, whole.size)
+        jobs += jobs_for(checkpoint, part, MASTER, tensor.view(-1).numpy())
+    try:
+        BlockReader(checkpoint.storage, checkpoint.name, checkpoint.manifest.files).run(jobs)
+    except InputError as error:
+        raise InputError(f"checkpoint {checkpoint.name}: {error}; name another one") from error
     return model.eval()

@@ -1,24 +1,31 @@
 """Where checkpoints lie: six verbs, and how a file system does them.
 
 Names are those of checkpoint folders, `step_0000000100`; files of one being written lie in a folder
-of its own, told apart by the start of the run that writes it. So nothing is ever written into a file
-that is there, and a writer of an earlier start cannot touch what a later one does.
+of its own, told apart by the start of the run that writes it. So nothing is ever written into a
+file that is there, and a writer of an earlier start cannot touch what a later one does.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from data_pipeline.output_folder import sync_path, writing
+from data_pipeline.errors import StorageError
+from data_pipeline.output_folder import sync_path, write_durably, writing
+from megadlcm.checkpoint.format import BLOCK_BYTES
 from megadlcm.run_folder import files
 
+logger = logging.getLogger(__name__)
+
+PINS = "pins"
 _PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 20.0)
 """Seconds between looks for a file that a manifest vouches for: names come late on NFS."""
 _OURS = re.compile(files.STEP_PATTERN + r"\.[0-9a-f]{32}\.(writing|deleting)")
@@ -59,7 +66,7 @@ class CheckpointStorage(Protocol):
         """Removes what was written of it, as far as it can be."""
         ...
 
-    def list(self) -> list[str]:
+    def names(self) -> list[str]:
         """Names of what may be a checkpoint, newest first."""
         ...
 
@@ -75,11 +82,15 @@ class CheckpointStorage(Protocol):
         """Reads bytes of it from `start` on; how many there were."""
         ...
 
+    def pins(self) -> set[str]:
+        """Names of checkpoints that retention may not touch."""
+        ...
+
     def remove(self, name: str, attempt: str) -> None:
         """Removes a checkpoint, or what is left of it; it looks like none at once."""
         ...
 
-    def tidy(self, attempt: str) -> list[str]:
+    def tidy(self) -> list[str]:
         """Removes what killed starts left; what could not be removed, and why."""
         ...
 
@@ -159,11 +170,15 @@ class LocalStorage:
                 self._set_aside(name, attempt)
             building.rename(final)
             sync_path(self.root)
+        try:  # for people: what is in its place, or keeps it from being written, costs no save
+            write_durably(self.root / files.LATEST, f"{name}\n".encode())
+        except (OSError, StorageError) as error:
+            logger.warning("%s: cannot be written (%s)", self.root / files.LATEST, error)
 
     def abandon(self, name: str, attempt: str) -> None:
         shutil.rmtree(self._building(name, attempt), ignore_errors=True)
 
-    def list(self) -> list[str]:
+    def names(self) -> list[str]:
         pattern = re.compile(files.STEP_PATTERN)
         try:
             entries = list(os.scandir(self.root))
@@ -205,6 +220,12 @@ class LocalStorage:
             time.sleep(pause)
         raise AssertionError
 
+    def pins(self) -> set[str]:
+        try:
+            return set((self.root / PINS).read_text(encoding="utf-8").split())
+        except FileNotFoundError:
+            return set()
+
     def remove(self, name: str, attempt: str) -> None:
         doomed = self._set_aside(name, attempt)
         _remove_tree(doomed)
@@ -215,7 +236,7 @@ class LocalStorage:
         (self.root / name).rename(doomed)
         return doomed
 
-    def tidy(self, attempt: str) -> list[str]:
+    def tidy(self) -> list[str]:
         problems = []
         try:
             names = sorted(entry.name for entry in os.scandir(self.root))
@@ -243,3 +264,13 @@ def read_whole(storage: CheckpointStorage, name: str, file: str, num_bytes: int)
     content = bytearray(num_bytes)
     got = storage.read(name, file, 0, memoryview(content))
     return bytes(content[:got])
+
+
+def read_blocks(
+    storage: CheckpointStorage, name: str, file: str, num_bytes: int
+) -> Iterator[memoryview]:
+    """The blocks of a file, each valid until the next one; the last may be short or missing."""
+    buffer = memoryview(bytearray(BLOCK_BYTES))
+    for start in range(0, num_bytes, BLOCK_BYTES):
+        got = storage.read(name, file, start, buffer[: min(BLOCK_BYTES, num_bytes - start)])
+        yield buffer[:got]

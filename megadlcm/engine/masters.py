@@ -11,7 +11,8 @@ process must call them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def read_model(engine: TrainingEngine) -> dict[str, Tensor]:
         Whole tensors by name; empty on processes that do not write.
     """
     own = dict(engine.model.named_parameters())
-    buffers = dict(_saved_buffers(engine.model))
+    buffers = dict(saved_buffers(engine.model))
     tensors = {}
     # the names of the whole model in one order, also those of other stages: what follows is a
     # collective for each, and processes in different orders would exchange different tensors
@@ -67,8 +68,8 @@ def write_model(engine: TrainingEngine, tensors: Mapping[str, Tensor]) -> None:
             else:
                 _set(engine, parameter, value)
         # under ZeRO only the fp32 masters are set by now
-        _follow_masters(engine)
-        for name, buffer in _saved_buffers(engine.model):
+        follow_masters(engine)
+        for name, buffer in saved_buffers(engine.model):
             buffer.copy_(tensors[name])
 
 
@@ -139,6 +140,107 @@ def write_optimizer(engine: TrainingEngine, tensors: Mapping[str, Tensor]) -> No
                 engine.optimizer.state[owner][key].copy_(value)
             else:
                 _set(engine, parameter, value, key)
+
+
+@dataclass(frozen=True)
+class MasterPart:
+    """A range of a parameter's shard whose fp32 master this process has, and where."""
+
+    name: str
+    """Of the parameter."""
+    start: int
+    """First element, flat in this process's shard of the parameter."""
+    stop: int
+    """End."""
+    owner: Tensor
+    """Under which the optimizer keeps the state; holds the masters of the range."""
+    offset: int
+    """Where the range begins in it, flat."""
+
+    def values(self, whole: Tensor | None = None) -> Tensor:
+        """The range as a view: of the masters, or of a state tensor of the owner's shape."""
+        whole = self.owner if whole is None else whole
+        return whole.detach().view(-1)[self.offset : self.offset + self.stop - self.start]
+
+
+def master_parts(engine: TrainingEngine) -> Iterator[MasterPart]:
+    """Where this process has fp32 masters; no communication, no copies.
+
+    Where DeepSpeed keeps them differs by stage: the parameters themselves (0), flat partitions of
+    groups of parameters (1, 2), ranges of each parameter in flat sub-groups (3).
+    """
+    zero: Any = engine.zero_optimizer
+    for name, parameter, owner in _owners(engine):
+        address: Any = parameter
+        if zero is None:
+            yield MasterPart(name, 0, parameter.numel(), parameter, 0)
+        elif engine.zero_stage == 3:
+            _, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
+            size = address.partition_numel()
+            start = size * engine.mesh.data_parallel_rank
+            # small parameters leave several of the last replicas nothing, and one a part
+            stop = min(start + size, address.ds_numel)
+            if start < stop:
+                yield MasterPart(name, start, stop, owner, offset)
+        elif address._hp_mapping is not None:
+            low, high = (
+                address._hp_mapping.lp_fragment_address,
+                address._hp_mapping.hp_fragment_address,
+            )
+            yield MasterPart(name, low.start, low.start + low.numel, owner, high.start)
+
+
+def state_keys(engine: TrainingEngine) -> tuple[list[str], int | None]:
+    """Kinds of optimizer state with an entry for each element, and the steps that it counts.
+
+    Returns:
+        The kinds, sorted; None where this process has no state, or it counts none.
+
+    Raises:
+        ValueError: parts of the state count differently.
+    """
+    keys: set[str] = set()
+    steps: set[int] = set()
+    for _, _, owner in _owners(engine):
+        for key, value in engine.optimizer.state.get(owner, {}).items():
+            if key == STEP_KEY:
+                steps.add(int(value))
+            else:
+                keys.add(key)
+    if len(steps) > 1:
+        raise ValueError(f"parts of the optimizer state count different steps: {sorted(steps)}")
+    return sorted(keys), next(iter(steps), None)
+
+
+def make_states(engine: TrainingEngine, keys: Iterable[str], step: int | None) -> None:
+    """Gives the optimizer a state of zeros, in the place of what it has.
+
+    Args:
+        engine: the engine, fresh or not.
+        keys: kinds of state with an entry for each element.
+        step: what it counts as steps; None if it counts none.
+    """
+    for _, _, owner in _owners(engine):
+        state = {key: torch.zeros_like(owner, requires_grad=False) for key in keys}
+        if step is not None:
+            state[STEP_KEY] = torch.tensor(float(step), device=owner.device)
+        engine.optimizer.state[owner] = state
+
+
+@torch.no_grad()
+def follow_masters(engine: TrainingEngine) -> None:
+    """Computes the parameters of the model from their fp32 masters; collective under ZeRO."""
+    zero = engine.zero_optimizer
+    if zero is None:
+        return
+    with doing("data parallel all-gather of parameters"):
+        if engine.zero_stage < 3:
+            zero.update_lp_params()
+            _link_states(engine)
+            return
+        zero._partition_all_parameters()  # small ones are whole and would keep their old values
+        for sub_group in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(sub_group)
 
 
 def _own_shard(engine: TrainingEngine, name: str, whole: Tensor) -> Tensor:
@@ -227,21 +329,8 @@ def _set(engine: TrainingEngine, parameter: Any, value: Tensor, key: str | None 
     zero.set_local_hp_param(own, parameter, key)
 
 
-def _follow_masters(engine: TrainingEngine) -> None:
-    """Computes the parameters of the model from their fp32 masters."""
-    zero = engine.zero_optimizer
-    if zero is None:
-        return
-    with doing("data parallel all-gather of parameters"):
-        if engine.zero_stage < 3:
-            zero.update_lp_params()
-            return
-        zero._partition_all_parameters()  # small ones are whole and would keep their old values
-        for sub_group in range(len(zero.fp16_groups)):
-            zero._reassign_or_swap_out_partitioned_parameters(sub_group)
-
-
-def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Buffers that a checkpoint holds; others are made anew by every process."""
     saved = model.state_dict().keys()
     return ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
 

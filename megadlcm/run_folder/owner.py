@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import InputError
+from data_pipeline.errors import InputError, StorageError
 from data_pipeline.output_folder import write_durably, writing
 from data_pipeline.storage.locks import FileLock, knows_locks, try_lock
 from megadlcm.run_folder import files
@@ -117,6 +117,24 @@ def read_owner(path: Path) -> Owner | None:
         return Owner(**texts | {"pid": int(values["pid"])})
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def check_owner(folder: Path, attempt: str) -> None:
+    """Refuses to go on where another start has taken the run folder over.
+
+    Args:
+        folder: the run folder.
+        attempt: the start that asks.
+
+    Raises:
+        StorageError: another one has, which may have been told that this one is dead.
+    """
+    owner = read_owner(folder / files.OWNER)
+    if owner is not None and owner.attempt != attempt:
+        raise StorageError(
+            f"output_dir = {folder}: another start of the run has taken it over ({owner}); this "
+            "one publishes nothing more"
+        )
 
 
 def _take(path: Path, own: Owner, warn: Callable[[str], object]) -> FileLock | None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +18,9 @@ from data_pipeline.output_folder import make_output_folder, reading_and_writing
 from data_pipeline.reading.mixture import MAX_PERIOD, rounded_shares
 from data_pipeline.reading.sources import SourceSummary
 from data_pipeline.tables import printable
-from megadlcm.checkpoint.save_and_resume import fresh_state, resume
+from megadlcm.checkpoint.folder import storage_of
+from megadlcm.checkpoint.resume import fresh_state, resume
+from megadlcm.checkpoint.save import Saver
 from megadlcm.config import RunConfig
 from megadlcm.engine.engine import build_engine
 from megadlcm.engine.step import NonFiniteError
@@ -67,15 +71,16 @@ def run(config: RunConfig) -> int:
     with contextlib.ExitStack() as stack:
         try:
             # the log is opened by who holds the folder, and closed after the last words
-            warnings = stack.enter_context(_run_folder(config, mesh))
+            held = stack.enter_context(_run_folder(config, mesh))
             stack.enter_context(rank_log(config, mesh))
-            for line in warnings:
+            for line in held.warnings:
                 logger.warning("%s", line)
                 print(f"warning: {printable(line)}", file=sys.stderr)
             check_agreement(config, sources.fingerprints, mesh)
             damaged = damaged if alone else damaged_shards(config, mesh)
             # a net below those who know what they write
-            with reading_and_writing(folder), open_trainer(config, mesh, sources) as trainer:
+            opened = open_trainer(config, mesh, sources, held.attempt)
+            with reading_and_writing(folder), opened as trainer:
                 trainer.data.skipped.note_shards(damaged)
                 _announce(trainer, sources.train_tokens)
                 trainer.fit()
@@ -84,12 +89,22 @@ def run(config: RunConfig) -> int:
             return _exit_code(error)
 
 
+@dataclass(frozen=True)
+class _Held:
+    """A run folder that this start holds."""
+
+    attempt: str
+    """The start, told apart from every other one."""
+    warnings: list[str]
+    """What the log should say of it."""
+
+
 @contextlib.contextmanager
-def _run_folder(config: RunConfig, mesh: ParallelMesh) -> Iterator[list[str]]:
+def _run_folder(config: RunConfig, mesh: ParallelMesh) -> Iterator[_Held]:
     """Holds the run folder for all processes of the run; collective.
 
     Yields:
-        What the log should say of it.
+        What is to be known of it.
 
     Raises:
         InputError: on every process, where another start holds it or it cannot be written.
@@ -97,16 +112,17 @@ def _run_folder(config: RunConfig, mesh: ParallelMesh) -> Iterator[list[str]]:
     folder, warnings = Path(config.output_dir), list[str]()
     with contextlib.ExitStack() as stack:
         refused: Exception | None = None
+        attempt = ""
         if mesh.is_writer:
             try:
-                stack.enter_context(holding(folder, warnings.append))
+                attempt = stack.enter_context(holding(folder, warnings.append)).attempt
                 check_run_folder(folder)
             except Exception as error:  # whatever it is: the others wait for the answer
                 refused = error
-        told: Exception | None = mesh.broadcast_object(_as_told(refused, folder))
+        told, attempt = mesh.broadcast_object((_as_told(refused, folder), attempt))
         if (failure := refused or told) is not None:
             raise failure
-        yield warnings
+        yield _Held(attempt, warnings)
 
 
 def _as_told(error: Exception | None, folder: Path) -> Exception | None:
@@ -146,7 +162,10 @@ def _leave_others(error: Exception) -> str | None:
 
 @contextlib.contextmanager
 def open_trainer(
-    config: RunConfig, mesh: ParallelMesh, sources: SourceSummary | None = None
+    config: RunConfig,
+    mesh: ParallelMesh,
+    sources: SourceSummary | None = None,
+    attempt: str | None = None,
 ) -> Iterator[Trainer]:
     """Builds everything that a run needs, resumed if its folder has a checkpoint.
 
@@ -154,6 +173,7 @@ def open_trainer(
         config: the resolved run.
         mesh: ranks of the run; the process group must exist.
         sources: what check_training_sources has found; None looks again.
+        attempt: this start of the run, which holds the run folder; None for one that nobody holds.
 
     Yields:
         The trainer, ready for its next step; loader and metrics are closed afterwards.
@@ -168,8 +188,12 @@ def open_trainer(
     model = build_stage_model(config, mesh, partition)
     with doing("start of the engine", computes=True):  # broadcasts parameters
         engine = build_engine(model, config, mesh, partition)
-    resumed = resume(engine, config)
-    state = resumed or fresh_state(config)
+    storage = storage_of(config.output_dir)
+    if mesh.is_writer:
+        for problem in storage.tidy():
+            logger.warning("%s", problem)
+    state = resume(engine, config, storage) or fresh_state(config)
+    saver = Saver(engine, config, storage, attempt or mesh.broadcast_object(uuid.uuid4().hex))
     # only now: a start that is refused must not touch the run that is there
     if mesh.is_writer:
         prepare_run_folder(config)
@@ -183,7 +207,7 @@ def open_trainer(
             )
             stack.callback(metrics.close)
         data = TrainingData(loader, sources.tokenizer, SkippedRecord(config, mesh))
-        yield Trainer(engine, config, state, data, metrics)
+        yield Trainer(engine, config, state, data, metrics, saver)
 
 
 def _announce(trainer: Trainer, epoch_tokens: int) -> None:

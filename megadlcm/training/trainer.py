@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data_pipeline.reading.batch import StepBatch
 from data_pipeline.tokenizer import Tokenizer
-from megadlcm.checkpoint.save_and_resume import save_checkpoint
+from megadlcm.checkpoint.save import Saver
 from megadlcm.config import RunConfig
 from megadlcm.engine.engine import TrainingEngine
 from megadlcm.engine.learning_rate import apply_learning_rates, learning_rate_factor, learning_rates
@@ -56,6 +56,7 @@ class Trainer:
         state: counters; changed in place.
         data: loader and tokenizer.
         metrics: where rows go; None on ranks that do not write.
+        saver: commits checkpoints.
     """
 
     def __init__(
@@ -65,9 +66,10 @@ class Trainer:
         state: TrainState,
         data: TrainingData,
         metrics: MetricsWriter | None,
+        saver: Saver,
     ) -> None:
         self.engine, self.config, self.state = engine, config, state
-        self.data, self.metrics = data, metrics
+        self.data, self.metrics, self.saver = data, metrics, saver
         self.train_steps = config.total_steps
         self.step = TrainStep(engine, config)
         self.progress = ProgressReport(state.step, self.train_steps, enabled=engine.mesh.is_writer)
@@ -239,9 +241,9 @@ class Trainer:
         arrive(f"checkpoint of step {self.state.step}")
         if self.metrics is not None:
             self.metrics.flush()  # a checkpoint claims that the rows of its steps are on the disk
-        folder = save_checkpoint(self.engine, self.config, self.state)
+        name = self.saver.save(self.state)
         self._saved_step = self.state.step
-        logger.info("saved %s", folder)
+        logger.info("saved checkpoint %s", name)
 
 
 def _due(step: int, interval: int) -> bool:

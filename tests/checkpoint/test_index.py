@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -15,7 +16,7 @@ from megadlcm.checkpoint.index import Index, Piece, Range, boxes, scatter
 
 
 def cut(shape: tuple[int, ...], dimension: int | None, count: int) -> list[Piece]:
-    """Pieces of a tensor that `count` processes share along a dimension, as far as there are rows."""
+    """Pieces of a tensor that `count` processes share along a dimension."""
     if dimension is None:
         return [Piece((0,) * len(shape), shape)]
     size = -(-shape[dimension] // count)
@@ -32,7 +33,7 @@ def ranges(piece: Piece, count: int, random_cuts: random.Random) -> list[Range]:
     """A piece cut at any places."""
     places = sorted(random_cuts.randrange(piece.size + 1) for _ in range(count - 1))
     edges = [0, *places, piece.size]
-    cuts = [Range("w", piece, *pair) for pair in zip(edges, edges[1:], strict=False)]
+    cuts = [Range("w", piece, *pair) for pair in itertools.pairwise(edges)]
     return [each for each in cuts if len(each)]
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import InputError
-from megadlcm.checkpoint.save_and_resume import fresh_state, resume, save_checkpoint
+from megadlcm.checkpoint.resume import fresh_state, resume
 from megadlcm.config import RunConfig
 from megadlcm.engine import masters as tensors
 from megadlcm.engine.engine import TrainingEngine
@@ -25,6 +25,7 @@ from megadlcm.run_folder.checkpoints import find_checkpoint
 from megadlcm.training.checkpoint import load_model
 from tests.support.checkpoints import load_tensors, start_again, train
 from tests.support.layouts import LayoutStep, run_steps
+from tests.support.saving import save_checkpoint
 from tests.support.tiny_runs import tiny_engine
 
 LAYOUTS = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 2)]

@@ -5,22 +5,47 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+import torch
 from torch import Tensor
 
-from megadlcm.checkpoint.save_and_resume import fresh_state, resume, save_checkpoint
+from megadlcm.checkpoint.folder import Checkpoint, open_checkpoint
+from megadlcm.checkpoint.format import MASTER
+from megadlcm.checkpoint.index import Piece, Range
+from megadlcm.checkpoint.load import jobs_for
+from megadlcm.checkpoint.reading import BlockReader
+from megadlcm.checkpoint.resume import fresh_state, resume
+from megadlcm.checkpoint.storage import LocalStorage
 from megadlcm.config import RunConfig
 from megadlcm.engine.engine import TrainingEngine
 from megadlcm.engine.state import TrainState
-from megadlcm.run_folder import files
-from megadlcm.run_folder.checkpoints import read_description
 from tests.support.layouts import run_steps
+from tests.support.saving import save_checkpoint
 from tests.support.tiny_runs import tiny_engine
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
     """Model tensors, optimizer tensors and `state.json` of a checkpoint folder."""
-    return load_file(path / files.MODEL), load_file(path / files.OPTIMIZER), read_description(path)
+    checkpoint = open_checkpoint(LocalStorage(path.parent), path.name)
+    index, model, optimizer = checkpoint.index, dict[str, Tensor](), dict[str, Tensor]()
+    for number, name in enumerate(index.names):
+        model[name] = whole_tensor(checkpoint, name, MASTER)
+        for key in checkpoint.manifest.keys if number < index.num_parameters else ():
+            optimizer[f"{name}.{key}"] = whole_tensor(checkpoint, name, key)
+    step = checkpoint.description["optimizer_step"]
+    if step is not None:
+        for name in index.names[: index.num_parameters]:
+            optimizer[f"{name}.step"] = torch.tensor(float(step))
+    return model, optimizer, checkpoint.description
+
+
+def whole_tensor(checkpoint: Checkpoint, name: str, key: str) -> Tensor:
+    """A tensor of a checkpoint, whatever its slices."""
+    shape = checkpoint.index.shapes[name]
+    whole = torch.empty(shape)
+    part = Range(name, piece := Piece((0,) * len(shape), shape), 0, piece.size)
+    jobs = jobs_for(checkpoint, part, key, whole.view(-1).numpy())
+    BlockReader(checkpoint.storage, checkpoint.name, checkpoint.manifest.files).run(jobs)
+    return whole
 
 
 def train(config: RunConfig, num_steps: int, save_at: tuple[int, ...] = ()) -> TrainingEngine:

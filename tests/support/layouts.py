@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megadlcm.checkpoint.save_and_resume import fresh_state, resume, save_checkpoint
+from megadlcm.checkpoint.resume import fresh_state, resume
 from megadlcm.config import RunConfig
 from megadlcm.engine import engine as engine_module
 from megadlcm.engine import masters as tensors
@@ -32,6 +32,7 @@ from megadlcm.parallel.process_group import join_process_group
 from megadlcm.training import pretrain
 from megadlcm.training.checks import check_training_sources
 from megadlcm.training.replica_loader import open_loader
+from tests.support.saving import save_checkpoint
 from tests.support.tiny_runs import tiny_engine
 
 SAVED_STEPS = 2

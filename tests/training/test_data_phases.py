@@ -11,11 +11,11 @@ import pytest
 from data_pipeline.errors import InputError
 from data_pipeline.prepare.write_shards import PrepareOptions, prepare
 from data_pipeline.shard_format.index import read_index
-from megadlcm.checkpoint.save_and_resume import save_checkpoint
 from megadlcm.config import RunConfig
 from megadlcm.engine.state import TrainState
 from tests.support.checkpoints import start_again, train
 from tests.support.layouts import run_steps
+from tests.support.saving import save_checkpoint
 from tests.support.tiny_runs import tiny_engine
 
 MakeRun = Callable[..., RunConfig]

@@ -1,30 +1,23 @@
-"""Saves a run and resumes it.
-
-A checkpoint holds tensors under parameter names, not DeepSpeed's own files: `model.safetensors`
-(fp32 master values and buffers), `optimizer.safetensors` (`<parameter>.exp_avg`, ...) and
-`state.json` (counters, resolved config, versions). `run_folder.checkpoints` commits and finds them.
-"""
+"""Resumes a run from its newest checkpoint that can be trusted."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-import platform
-from collections.abc import Callable, Mapping
-from importlib.metadata import version
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import InputError
 from data_pipeline.masking import masked_values
 from data_pipeline.reading.phases import Phase, first_phase, next_phases
-from megadlcm.checkpoint.tensors import read_tensors, write_tensors
+from megadlcm.checkpoint.folder import Checkpoint, candidates, name_passed_over, storage_of
+from megadlcm.checkpoint.load import DamageError, load
+from megadlcm.checkpoint.storage import CheckpointStorage
 from megadlcm.config import ModelConfig, MupConfig, RunConfig, config_to_dict
-from megadlcm.engine import masters
 from megadlcm.engine.engine import TrainingEngine
 from megadlcm.engine.state import TrainState
-from megadlcm.run_folder import checkpoints, files
+from megadlcm.run_folder import files
 
 logger = logging.getLogger(__name__)
 
@@ -42,92 +35,69 @@ _FIXED_KEYS = (
 _FREE_MODEL_KEYS = ("model.attention_backend", "model.track_threshold")
 
 
-def save_checkpoint(engine: TrainingEngine, config: RunConfig, state: TrainState) -> Path:
-    """Commits a checkpoint of the step just completed and prunes older ones; collective.
-
-    Args:
-        engine: the engine.
-        config: the resolved run.
-        state: counters.
-
-    Returns:
-        The folder.
-    """
-    root = Path(config.output_dir) / files.CHECKPOINTS
-    # every process takes part in collecting, also those that then have nothing to write
-    model_tensors = masters.read_model(engine)
-    optimizer_tensors = masters.read_optimizer(engine)
-    folder = root / files.step_name(state.step)
-    if engine.mesh.is_writer:
-        description = {
-            # what a resumed run goes on with; the rest is for people and for `check_continuable`
-            "train_state": state.to_dict(),
-            "config": masked_values(config_to_dict(config)),
-            "layout": {
-                "world_size": engine.mesh.world_size,
-                "zero_stage": engine.zero_stage,
-                "tensor_parallel_size": engine.mesh.tensor_parallel_size,
-                "pipeline_parallel_size": engine.mesh.pipeline_parallel_size,
-            },
-            "versions": _versions(),
-        }
-        text = json.dumps(description, indent=1)
-        writers: Mapping[str, Callable[[Path], Any]] = {
-            files.MODEL: lambda path: write_tensors(model_tensors, path),
-            files.OPTIMIZER: lambda path: write_tensors(optimizer_tensors, path),
-            files.STATE: lambda path: path.write_text(text, encoding="utf-8"),
-        }
-        tensors = [*model_tensors.values(), *optimizer_tensors.values()]
-        num_bytes = sum(tensor.nbytes for tensor in tensors) + len(text)
-        checkpoints.commit(root, state.step, writers, num_bytes)
-        # only after the commit: the newest complete checkpoint is never the one that goes
-        checkpoints.prune(root, config.checkpoint.keep, folder)
-    # nobody goes on before the folder has its name: whoever is killed now finds it
-    engine.mesh.barrier()
-    return folder
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "deepspeed", "safetensors")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
-
-
-def resume(engine: TrainingEngine, config: RunConfig) -> TrainState | None:
+def resume(
+    engine: TrainingEngine, config: RunConfig, storage: CheckpointStorage | None = None
+) -> TrainState | None:
     """Continues from the newest complete, verified checkpoint of the run folder; collective.
 
-    Rank 0 decides which one that is.
+    Rank 0 decides which one that is; what turns out to be damaged is named and passed over.
 
     Args:
         engine: a fresh engine.
         config: the resolved run.
+        storage: where the checkpoints are; None means the run folder.
 
     Returns:
         Counters with `restart_count` one higher; None for a fresh run.
 
     Raises:
-        InputError: the config or the data changed in a way that a resumed run cannot follow.
+        InputError: the config or the data changed in a way that a resumed run cannot follow, or
+            there are checkpoints and none of them can be loaded.
     """
-    root = Path(config.output_dir) / files.CHECKPOINTS
-    found = None
-    if engine.mesh.is_writer:
-        # one process looks and tells the others: two could see a folder differently
-        checkpoints.remove_unfinished(root)
-        newest = checkpoints.newest_verified(root)
-        found = None if newest is None else newest.path
-    path: Path | None = engine.mesh.broadcast_object(found)
-    if path is None:
-        return None
-    description = checkpoints.read_description(path)
-    phases = check_continuable(description, config, path)
-    # whole files on every process: each takes the shards it holds
-    masters.write_model(engine, read_tensors(path / files.MODEL))
-    masters.write_optimizer(engine, read_tensors(path / files.OPTIMIZER))
-    state = TrainState.from_dict(description["train_state"])
-    # rows of this start can then be told from those that it repeats
-    state.restart_count += 1
-    state.data_phases = phases
-    logger.info("resumed from %s (step %d, start %d)", path, state.step, state.restart_count + 1)
-    return state
+    storage = storage or storage_of(config.output_dir)
+    mesh, damaged = engine.mesh, list[str]()
+    # one process looks and tells the others: two could see a folder differently
+    choices = _good(storage, damaged) if mesh.is_writer else iter(())
+    while True:
+        chosen, damaged_now = mesh.broadcast_object((next(choices, None), damaged))
+        if chosen is None:
+            if damaged_now:
+                raise _no_good_one(config, damaged_now)
+            return None
+        path = Path(config.output_dir) / files.CHECKPOINTS / chosen.name
+        phases = check_continuable(chosen.description, config, path)
+        try:
+            load(engine, chosen)
+        except DamageError as error:
+            damaged.append(f"{chosen.name}: {error}")
+            continue
+        if mesh.is_writer:
+            name_passed_over(damaged)
+        state = TrainState.from_dict(chosen.description["train_state"])
+        # rows of this start can then be told from those that it repeats
+        state.restart_count += 1
+        state.data_phases = phases
+        start = state.restart_count + 1
+        logger.info("resumed from %s (step %d, start %d)", path, state.step, start)
+        return state
+
+
+def _good(storage: CheckpointStorage, damaged: list[str]) -> Iterator[Checkpoint]:
+    """Checkpoints that pass the quick check, newest first; others are put on the list."""
+    for name, found in candidates(storage):
+        if isinstance(found, Checkpoint):
+            yield found
+        else:
+            damaged.append(f"{name}: {found}")
+
+
+def _no_good_one(config: RunConfig, damaged: list[str]) -> InputError:
+    return InputError(
+        f"output_dir = {config.output_dir}: it has checkpoints, and none can be loaded "
+        f"({'; '.join(damaged)}); restore one of them, remove its folder {files.CHECKPOINTS} to "
+        "start from scratch, or choose another output_dir",
+        key="output_dir",
+    )
 
 
 def fresh_state(config: RunConfig) -> TrainState:

@@ -1,0 +1,238 @@
+"""Checkpoints of a run: which there are, which can be trusted, and what is in them. Files only."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import InputError, StorageError
+from megadlcm.checkpoint import earlier_format
+from megadlcm.checkpoint.format import (
+    BLOCK_BYTES,
+    INDEX,
+    FileEntry,
+    Manifest,
+    block_problem,
+    rank_file_header,
+)
+from megadlcm.checkpoint.index import Index
+from megadlcm.checkpoint.storage import (
+    CheckpointStorage,
+    LocalStorage,
+    read_blocks,
+    read_whole,
+)
+from megadlcm.run_folder import files
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that passed the quick check."""
+
+    storage: CheckpointStorage
+    """Where it lies."""
+    name: str
+    """Of its folder."""
+    manifest: Manifest
+    """What it vouches for."""
+    index_bytes: bytes
+    """`index.safetensors`."""
+    description: dict[str, Any]
+    """`state.json`."""
+    places: Mapping[tuple[int, str], tuple[str, int]]
+    """Where the array of a file number and key begins: file name and byte."""
+
+    @cached_property
+    def index(self) -> Index:
+        """Where each slice lies."""
+        return Index.decode(self.index_bytes)
+
+    @property
+    def step(self) -> int:
+        """Completed optimizer steps."""
+        return self.manifest.step
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def storage_of(run_folder: str | Path) -> LocalStorage:
+    """Where the checkpoints of a run lie."""
+    return LocalStorage(Path(run_folder) / files.CHECKPOINTS)
+
+
+def step_of(name: str) -> int | None:
+    """The step that a folder's name says; None for another name."""
+    match = re.fullmatch(files.STEP_PATTERN, name)
+    return None if match is None else int(match[1])
+
+
+def open_checkpoint(storage: CheckpointStorage, name: str) -> Checkpoint:
+    """Checks what can be checked without reading the tensors.
+
+    Args:
+        storage: where it lies.
+        name: of its folder.
+
+    Returns:
+        The checkpoint: manifest, index and state are whole, and each file has its size.
+
+    Raises:
+        InputError: it is damaged, or of a later version; the line says how.
+    """
+    try:
+        manifest_bytes = storage.manifest(name)
+    except FileNotFoundError as error:
+        raise InputError(f"{files.MANIFEST} is missing") from error
+    except (OSError, StorageError) as error:
+        raise InputError(f"{files.MANIFEST} cannot be read ({_reason(error)})") from error
+    whole = earlier_format.files_of(manifest_bytes)
+    optimizer_step = None
+    try:
+        if whole is not None:
+            tensors = earlier_format.read(storage, name, whole)
+            manifest, places = tensors.manifest, tensors.places
+            index_bytes, optimizer_step = tensors.index.encode(), tensors.optimizer_step
+        else:
+            manifest = _decoded_manifest(manifest_bytes)
+            _check_sizes(storage, name, manifest.files)
+            index_bytes = _read_file(storage, name, INDEX, manifest)
+            places = _places(Index.decode(index_bytes), manifest)
+        description = json.loads(_read_file(storage, name, files.STATE, manifest))
+        if not isinstance(description, dict) or "train_state" not in description:
+            raise InputError(f"{files.STATE} is no description of a checkpoint")
+    except (OSError, StorageError) as error:
+        raise InputError(_reason(error)) from error
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{files.STATE} is damaged ({error})") from error
+    if optimizer_step is not None:
+        description["optimizer_step"] = optimizer_step
+    named = step_of(name)
+    if named is not None and named != manifest.step:
+        raise InputError(f"it holds step {manifest.step}: the folder was renamed")
+    return Checkpoint(storage, name, manifest, index_bytes, description, places)
+
+
+def _decoded_manifest(content: bytes) -> Manifest:
+    try:
+        manifest = Manifest.decode(content)
+    except InputError as error:
+        raise InputError(f"{files.MANIFEST}: {error}") from error
+    for name in (INDEX, files.STATE):
+        if name not in manifest.files:
+            raise InputError(f"{files.MANIFEST} does not list {name}")
+    return manifest
+
+
+def _check_sizes(storage: CheckpointStorage, name: str, entries: Mapping[str, FileEntry]) -> None:
+    for file, entry in entries.items():
+        try:
+            size = storage.size(name, file)
+        except FileNotFoundError as error:
+            raise InputError(f"{file} is missing") from error
+        if size != entry.size:
+            raise InputError(f"{file} has {size:,} bytes, the manifest says {entry.size:,}")
+
+
+def _read_file(storage: CheckpointStorage, name: str, file: str, manifest: Manifest) -> bytes:
+    """A small file, checked."""
+    entry = manifest.files[file]
+    content = read_whole(storage, name, file, entry.size)
+    for index in range(entry.num_blocks):
+        block = content[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES]
+        problem = block_problem(entry, index, block)
+        if problem:
+            raise InputError(f"{file}: {problem}")
+    return content
+
+
+def _places(index: Index, manifest: Manifest) -> dict[tuple[int, str], tuple[str, int]]:
+    """Where the arrays of the rank files begin: their headers follow from the index."""
+    if len(index.rows) and int(index.rows[:, 4].max()) >= len(manifest.rank_files):
+        raise InputError(f"{INDEX} speaks of files that the manifest does not have")
+    places = {}
+    for number, name in enumerate(manifest.rank_files):
+        sizes = index.array_sizes(number, manifest.keys)
+        begin = len(rank_file_header(sizes))
+        for key, size in sizes.items():
+            places[number, key] = (name, begin)
+            begin += 4 * size
+        if begin != manifest.files[name].size:
+            raise InputError(f"{INDEX} does not fit the size of {name}")
+    return places
+
+
+def find_damage(checkpoint: Checkpoint) -> Iterator[tuple[int, str]]:
+    """Reads every block of a checkpoint; bytes read, and what is wrong with them, if anything."""
+    manifest = checkpoint.manifest
+    for file, entry in manifest.files.items():
+        blocks = read_blocks(checkpoint.storage, checkpoint.name, file, entry.size)
+        for index, block in enumerate(blocks):
+            problem = block_problem(entry, index, block)
+            yield len(block), f"{file}: {problem}" if problem else ""
+
+
+def candidates(storage: CheckpointStorage) -> Iterator[tuple[str, Checkpoint | InputError]]:
+    """What may be checkpoints, newest first: each is opened when it is asked for."""
+    for name in storage.names():
+        try:
+            yield name, open_checkpoint(storage, name)
+        except InputError as error:
+            yield name, error
+
+
+def find_checkpoint(path: str | Path) -> Checkpoint:
+    """Finds the checkpoint that a path means.
+
+    Args:
+        path: a run folder (its newest good checkpoint), or a checkpoint folder.
+
+    Raises:
+        InputError: there is none, or the named one is damaged.
+    """
+    path = Path(path)
+    if (path / files.CHECKPOINTS).is_dir():
+        return _newest(storage_of(path), path / files.CHECKPOINTS)
+    if not path.is_dir():
+        raise InputError(f"{path} is not a folder; name a run folder or a checkpoint folder")
+    # `latest` and the like are no names, and resolved
+    real = path.resolve()
+    try:
+        return open_checkpoint(LocalStorage(real.parent), real.name)
+    except InputError as error:
+        text = f"checkpoint {path}: {error}; name another checkpoint of the run"
+        raise InputError(text) from error
+
+
+def _newest(storage: CheckpointStorage, root: Path) -> Checkpoint:
+    damaged: list[str] = []
+    for name, found in candidates(storage):
+        if isinstance(found, Checkpoint):
+            name_passed_over(damaged)
+            return found
+        damaged.append(f"{root / name}: {found}")
+    why = f" ({'; '.join(damaged)})" if damaged else ""
+    raise InputError(f"{root} holds no complete checkpoint{why}; name a run that saved one")
+
+
+def name_passed_over(damaged: Iterable[str]) -> None:
+    """Says in the log which checkpoints are not taken, and why."""
+    for each in damaged:
+        logger.warning("passed over damaged checkpoint %s", each)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError):
+        named = f"{error.filename}: " if error.filename else ""
+        return f"{named}{error.strerror or error}"
+    return str(error)

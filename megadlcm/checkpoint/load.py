@@ -1,0 +1,120 @@
+"""Loads a checkpoint into an engine of any layout, each process the byte ranges that it needs."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.errors import InputError, StorageError
+from megadlcm.checkpoint.fingerprint import fingerprint
+from megadlcm.checkpoint.folder import Checkpoint
+from megadlcm.checkpoint.format import MASTER
+from megadlcm.checkpoint.index import Range
+from megadlcm.checkpoint.reading import BlockReader, ReadJob, ReadVolume
+from megadlcm.checkpoint.save import (
+    Fingerprints,
+    add_fingerprints,
+    as_text,
+    host_chunks,
+)
+from megadlcm.checkpoint.slices import Slice, own_slices, whole_shapes
+from megadlcm.engine.engine import TrainingEngine
+from megadlcm.engine.masters import follow_masters, make_states
+
+logger = logging.getLogger(__name__)
+
+
+class DamageError(InputError):
+    """A checkpoint turned out to be damaged while it was loaded."""
+
+
+def load(engine: TrainingEngine, checkpoint: Checkpoint) -> ReadVolume:
+    """Sets parameters, optimizer state and buffers; collective.
+
+    Args:
+        engine: the engine, fresh or not; all of it is overwritten.
+        checkpoint: what to load, the same on every process.
+
+    Returns:
+        What this process read.
+
+    Raises:
+        DamageError: on every process, where one found damage: the engine has to be loaded again.
+    """
+    mesh = engine.mesh
+    make_states(engine, checkpoint.manifest.keys, checkpoint.description.get("optimizer_step"))
+    problem, volume = "", ReadVolume()
+    try:
+        volume = _read(engine, checkpoint)
+    except (InputError, StorageError, OSError) as error:
+        problem = f"rank {mesh.rank}: {error}"
+    problems = [each for each in mesh.gather_over_run(problem) if each]
+    if problems:
+        raise DamageError("; ".join(problems))
+    follow_masters(engine)
+    _compare(engine, checkpoint)
+    return volume
+
+
+def _read(engine: TrainingEngine, checkpoint: Checkpoint) -> ReadVolume:
+    keys = checkpoint.manifest.keys
+    jobs: list[ReadJob] = []
+    bounced: list[tuple[Tensor, Any]] = []
+    for each in own_slices(engine, share=False):
+        for key, view in each.views.items():
+            assert key == MASTER or key in keys
+            if view.device.type == "cpu":
+                target = view.numpy()
+            else:
+                target = np.empty(view.numel(), np.float32)
+                bounced.append((view, target))
+            jobs += jobs_for(checkpoint, each.part, key, target)
+    volume = BlockReader(checkpoint.storage, checkpoint.name, checkpoint.manifest.files).run(jobs)
+    for view, target in bounced:
+        view.copy_(torch.from_numpy(target))
+    return volume
+
+
+def jobs_for(checkpoint: Checkpoint, wanted: Range, key: str, target: Any) -> list[ReadJob]:
+    """What is to be read for a slice.
+
+    Raises:
+        InputError: the checkpoint does not have all of it.
+    """
+    jobs = []
+    for copy in checkpoint.index.plan(wanted):
+        number, position = (int(value) for value in checkpoint.index.rows[copy.row, 4:])
+        file, begin = checkpoint.places[number, key]
+        jobs.append(ReadJob(file, begin + 4 * (position + copy.source), copy, target))
+    return jobs
+
+
+def _compare(engine: TrainingEngine, checkpoint: Checkpoint) -> None:
+    """Raises where some element did not come to its place; collective."""
+    expected = checkpoint.manifest.fingerprints
+    if not expected:  # of the first format
+        return
+    shapes = whole_shapes(engine.partition)
+    own: Fingerprints = {}
+    for each in own_slices(engine, share=True):
+        _add(own, each, checkpoint.manifest.keys, shapes[each.part.tensor])
+    found = as_text(add_fingerprints(engine.mesh.gather_over_run(own)))
+    wrong = [name for name in expected if found.get(name) != expected[name]]
+    if wrong:
+        listed = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        raise DamageError(f"after loading, fingerprints differ of {listed}")
+
+
+def _add(own: Fingerprints, each: Slice, keys: list[str], shape: tuple[int, ...]) -> None:
+    sums = own.setdefault(each.part.tensor, [0] * (1 + len(keys)))
+    for column, key in enumerate((MASTER, *keys)):
+        if key not in each.views:
+            continue
+        for start, values in host_chunks(each.views[key]):
+            first = each.part.start + start
+            part = Range(each.part.tensor, each.part.piece, first, first + len(values))
+            sums[column] = (sums[column] + fingerprint(values, part, shape)) % 2**64
