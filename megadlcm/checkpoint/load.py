@@ -10,18 +10,12 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import InputError, StorageError
-from megadlcm.checkpoint.fingerprint import fingerprint
 from megadlcm.checkpoint.folder import Checkpoint
 from megadlcm.checkpoint.format import MASTER
 from megadlcm.checkpoint.index import Range
+from megadlcm.checkpoint.rank_file import add_fingerprints, as_text, take_fingerprints
 from megadlcm.checkpoint.reading import BlockReader, ReadJob, ReadVolume
-from megadlcm.checkpoint.save import (
-    Fingerprints,
-    add_fingerprints,
-    as_text,
-    host_chunks,
-)
-from megadlcm.checkpoint.slices import Slice, own_slices, whole_shapes
+from megadlcm.checkpoint.slices import own_slices, whole_shapes
 from megadlcm.engine.engine import TrainingEngine
 from megadlcm.engine.masters import follow_masters, make_states
 
@@ -98,23 +92,10 @@ def _compare(engine: TrainingEngine, checkpoint: Checkpoint) -> None:
     expected = checkpoint.manifest.fingerprints
     if not expected:  # of the first format
         return
-    shapes = whole_shapes(engine.partition)
-    own: Fingerprints = {}
-    for each in own_slices(engine, share=True):
-        _add(own, each, checkpoint.manifest.keys, shapes[each.part.tensor])
+    slices = own_slices(engine, share=True)
+    own = take_fingerprints(slices, checkpoint.manifest.keys, whole_shapes(engine.partition))
     found = as_text(add_fingerprints(engine.mesh.gather_over_run(own)))
     wrong = [name for name in expected if found.get(name) != expected[name]]
     if wrong:
         listed = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
         raise DamageError(f"after loading, fingerprints differ of {listed}")
-
-
-def _add(own: Fingerprints, each: Slice, keys: list[str], shape: tuple[int, ...]) -> None:
-    sums = own.setdefault(each.part.tensor, [0] * (1 + len(keys)))
-    for column, key in enumerate((MASTER, *keys)):
-        if key not in each.views:
-            continue
-        for start, values in host_chunks(each.views[key]):
-            first = each.part.start + start
-            part = Range(each.part.tensor, each.part.piece, first, first + len(values))
-            sums[column] = (sums[column] + fingerprint(values, part, shape)) % 2**64

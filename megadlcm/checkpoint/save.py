@@ -3,41 +3,42 @@
 Order is what makes a checkpoint crash-safe: rank 0 makes an empty folder; files are written and
 made durable; their checksums come to rank 0, which writes index, state and, last, the manifest;
 only then does the folder get its name. Killed before that, it leaves nothing that looks like one.
+
+Files are written by a thread of each process, which talks to no other one. The main threads ask
+theirs after each step, and go from writing to publishing together.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import platform
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from data_pipeline.errors import InputError, StorageError
 from data_pipeline.masking import masked_values
-from megadlcm.checkpoint.fingerprint import fingerprint
+from megadlcm.checkpoint.flight import Flight, RankWriter, abandoned_on_error
 from megadlcm.checkpoint.format import (
     INDEX,
-    MASTER,
+    TOKENIZER,
     FileEntry,
     Manifest,
-    rank_file_header,
     rank_file_name,
     write_blocks,
 )
-from megadlcm.checkpoint.index import Index, Range, Shape
+from megadlcm.checkpoint.index import Index, Range
+from megadlcm.checkpoint.rank_file import Report, Staging, add_fingerprints, as_text
 from megadlcm.checkpoint.retention import prune
 from megadlcm.checkpoint.slices import Slice, count_elements, own_slices, whole_shapes
 from megadlcm.checkpoint.storage import CheckpointStorage
 from megadlcm.config import RunConfig, config_to_dict
+from megadlcm.config.training import OPTIMIZERS
 from megadlcm.engine.engine import TrainingEngine
 from megadlcm.engine.masters import state_keys
 from megadlcm.engine.state import TrainState
@@ -47,9 +48,8 @@ from megadlcm.run_folder.owner import check_owner
 
 logger = logging.getLogger(__name__)
 
-_CHUNK_ELEMENTS = 1 << 23
-"""Of a tensor on a device, copied to the host at a time."""
-Fingerprints = dict[str, list[int]]
+_LOOK_SECONDS = 0.02
+_SECONDS_TO_CANCEL = 5.0
 
 
 class SaveError(StorageError):
@@ -57,25 +57,29 @@ class SaveError(StorageError):
 
 
 @dataclass
-class Report:
-    """What a process says when it has written its file."""
+class _Save:
+    """A save that is under way."""
 
-    entry: FileEntry | None = None
-    """Of its file; None where it holds nothing."""
-    fingerprints: Fingerprints = field(default_factory=dict)
-    """Of its slices, by tensor: master, then each kind of state."""
-    problem: str = ""
-    """Why it failed."""
+    name: str
+    description: dict[str, Any]
+    flight: Flight
+    report: Report
+    started: float
+    is_publishing: bool = False
 
 
 class Saver:
-    """Saves checkpoints of one engine.
+    """Saves checkpoints of one engine, one after the other.
 
     Args:
         engine: the engine.
         config: the resolved run.
         storage: where they go.
         attempt: this start of the run.
+        tokenizer: contents of the tokenizer's file; a checkpoint has a copy.
+
+    Raises:
+        MemoryError: there is no room for the copy that asynchronous saves are written from.
     """
 
     def __init__(
@@ -84,15 +88,60 @@ class Saver:
         config: RunConfig,
         storage: CheckpointStorage,
         attempt: str,
+        tokenizer: bytes | None = None,
     ) -> None:
-        self.engine, self.config = engine, config
-        self.storage, self.attempt = storage, attempt
+        self.engine, self.config, self.options = engine, config, config.checkpoint
+        self.storage, self.attempt, self.tokenizer = storage, attempt, tokenizer
         self.previous_step: int | None = None
+        self.num_failures = 0
+        """Saves in a row that failed."""
+        self._shapes = whole_shapes(engine.partition)
         self._held: list[list[Range]] = []
         self._keys: list[str] = []
+        self._save: _Save | None = None
+        staging = self._make_staging() if self.options.asynchronous else None
+        rank = engine.mesh.rank
+        self._writer = RankWriter(storage, attempt, rank, self._shapes, staging)
+        engine.fences.append(self.fence)
+
+    def _make_staging(self) -> Staging:
+        slices = own_slices(self.engine, share=True)
+        specs = self.engine.partition.specs
+        lengths = {True: 0, False: 0}
+        for each in slices:
+            lengths[specs[each.part.tensor].is_parameter] += len(each.part)
+        states = OPTIMIZERS[self.config.optimizer.name].num_moments
+        elements = lengths[False] + (1 + states) * lengths[True]
+        staging = Staging(elements, self.engine.mesh.device)
+        logger.info("checkpoints are written from a copy of %s bytes", f"{staging.num_bytes:,}")
+        return staging
+
+    # -- what the trainer calls; collective, but for the fence ------------------------------------
+
+    def request(self, state: TrainState) -> float:
+        """Begins to save the step just completed, and goes on; waits for a save that still runs.
+
+        A failure is logged, `checkpoint.max_failures` of them in a row are an error.
+
+        Args:
+            state: counters.
+
+        Returns:
+            Seconds that it waited.
+
+        Raises:
+            SaveError: too many saves failed one after the other.
+        """
+        started = time.monotonic()
+        self.wait()
+        waited = time.monotonic() - started
+        self._begin(state, live=not self.options.asynchronous)
+        if not self.options.asynchronous:
+            self.wait()
+        return waited
 
     def save(self, state: TrainState) -> str:
-        """Commits a checkpoint of the step just completed; collective.
+        """Commits a checkpoint of the step just completed, before it returns.
 
         Args:
             state: counters.
@@ -103,32 +152,71 @@ class Saver:
         Raises:
             SaveError: it failed on some process, which is named; nothing was published.
         """
+        self.wait()
+        failures, self.num_failures = self.num_failures, self.options.max_failures - 1
+        self._begin(state, live=True)
+        self.wait()
+        self.num_failures = min(failures, self.num_failures)
+        return files.step_name(state.step)
+
+    def tick(self) -> None:
+        """To be called after each step: goes on with a save as far as all processes have come."""
+        save, mesh = self._save, self.engine.mesh
+        if save is None:
+            return
+        problem = save.flight.find_problem(mesh.rank, self.options.timeout_seconds)
+        flags = [float(save.flight.done.is_set()), float(bool(problem))]
+        # on the host: nobody waits for a device
+        counts = torch.tensor(flags, dtype=torch.float64)
+        num_done, num_failed = mesh.sum_everywhere(counts).tolist()
+        if num_failed:
+            self._give_up([each for each in mesh.gather_over_run(problem) if each])
+        elif num_done == mesh.world_size and save.is_publishing:
+            self._finish(save)
+        elif num_done == mesh.world_size:
+            self._start_publishing(save)
+
+    def fence(self) -> None:
+        """Returns when the parameters may be changed: a save has its copy of them."""
+        if self._save is not None:
+            self._save.flight.copied.wait()
+
+    def wait(self) -> None:
+        """Returns when no save is under way."""
+        while self._save is not None:
+            self._save.flight.done.wait(_LOOK_SECONDS)
+            self.tick()
+
+    # -- one save ---------------------------------------------------------------------------------
+
+    def _begin(self, state: TrainState, live: bool) -> None:
         mesh, name = self.engine.mesh, files.step_name(state.step)
         slices = own_slices(self.engine, share=True)
         keys = self._agree(slices)
-        self._on_writer(lambda: self.storage.begin(name, self.attempt, self._num_bytes(keys)))
-        report = self._write(name, slices, keys)
-        reports: list[Report] = mesh.gather_over_run(report)
-        try:
-            self._on_writer(lambda: self._publish(name, state, keys, reports))
-        except SaveError:
-            if mesh.is_writer:
-                self.storage.abandon(name, self.attempt)  # the room may be needed
-            raise
-        self.previous_step = state.step
-        return name
-
-    def _on_writer(self, act: Callable[[], None]) -> None:
-        """Does something on rank 0; all learn whether it went well."""
         problem = ""
-        if self.engine.mesh.is_writer:
+        if mesh.is_writer:
             try:
-                act()
+                self.storage.begin(name, self.attempt, self._num_bytes())
             except (OSError, StorageError, InputError) as error:
                 problem = str(error)
-        problem = self.engine.mesh.broadcast_object(problem)
+        problem = mesh.broadcast_object(problem)
         if problem:
-            raise SaveError(problem)
+            self._count_failure(name, [problem])
+            return
+        description = self._description(state)
+        # buffers change outside of the optimizer, too: they are tiny, and copied at once
+        buffers = {
+            name for name, spec in self.engine.partition.specs.items() if not spec.is_parameter
+        }
+        slices = [
+            Slice(each.part, {key: view.clone() for key, view in each.views.items()})
+            if each.part.tensor in buffers
+            else each
+            for each in slices
+        ]
+        started = time.monotonic()
+        flight, report = self._writer.start(name, slices, keys, live)
+        self._save = _Save(name, description, flight, report, started)
 
     def _agree(self, slices: list[Slice]) -> list[str]:
         """Which slices each process holds, asked once: they stay; the kinds of state."""
@@ -142,83 +230,92 @@ class Saver:
         assert [each.part for each in slices] == self._held[mesh.rank], "slices have moved"
         return self._keys
 
-    def _num_bytes(self, keys: list[str]) -> int:
-        return 4 * (1 + len(keys)) * count_elements(self.engine.partition)
+    def _num_bytes(self) -> int:
+        return 4 * (1 + len(self._keys)) * count_elements(self.engine.partition)
 
-    def _write(self, name: str, slices: list[Slice], keys: list[str]) -> Report:
-        """Writes the file of this process."""
-        report = Report()
-        if not slices:
-            return report
-        rank = self.engine.mesh.rank
-        try:
-            file = self.storage.create(name, self.attempt, rank_file_name(rank))
-            with contextlib.ExitStack() as stack:
-                stack.callback(file.abandon)
-                report.entry = write_blocks(file, _contents(slices, keys, report, self._shapes))
-                file.finish()
-                stack.pop_all()
-        except (OSError, StorageError) as error:
-            report.problem = f"rank {rank}: {error}"
-        return report
+    def _start_publishing(self, save: _Save) -> None:
+        reports: list[Report] = self.engine.mesh.gather_over_run(save.report)
 
-    @property
-    def _shapes(self) -> dict[str, Shape]:
-        return whole_shapes(self.engine.partition)
+        def work(_: Flight) -> None:
+            if self.engine.mesh.is_writer:
+                self._publish(save, reports)
 
-    def _publish(
-        self, name: str, state: TrainState, keys: list[str], reports: list[Report]
-    ) -> None:
-        problems = [report.problem for report in reports if report.problem]
-        if problems:
-            raise SaveError("; ".join(problems))
-        partition = self.engine.partition
+        save.flight, save.is_publishing = Flight("checkpoint publish", work).start(), True
+
+    def _publish(self, save: _Save, reports: list[Report]) -> None:
+        partition, name = self.engine.partition, save.name
         num_parameters = sum(spec.is_parameter for spec in partition.specs.values())
         writers = [rank for rank, ranges in enumerate(self._held) if ranges]
         index = Index.of(self._shapes, num_parameters, [self._held[rank] for rank in writers])
-        entries = {INDEX: self._put(name, INDEX, index.encode())}
-        text = json.dumps(self._description(state, self.engine), indent=1)
-        entries[files.STATE] = self._put(name, files.STATE, text.encode())
+        small = {
+            INDEX: index.encode(),
+            files.STATE: json.dumps(save.description, indent=1, allow_nan=False).encode(),
+        }
+        if self.tokenizer is not None:
+            small[TOKENIZER] = self.tokenizer
+        entries = {file: self._put(name, file, content) for file, content in small.items()}
         rank_files = [rank_file_name(rank) for rank in writers]
         for rank, file in zip(writers, rank_files, strict=True):
             entry = reports[rank].entry
             assert entry is not None
             entries[file] = entry
         manifest = Manifest(
-            step=state.step,
+            step=save.description["train_state"]["step"],
             run=self.config.name,
             attempt=self.attempt,
             written=now(),
             layout=layout_of(self.engine),
-            keys=keys,
+            keys=self._keys,
             num_elements=count_elements(partition),
             rank_files=rank_files,
             files=entries,
             fingerprints=as_text(add_fingerprints([each.fingerprints for each in reports])),
             previous_step=self.previous_step,
         )
+        # a start that was taken for dead publishes nothing in the folder of the next one
         check_owner(Path(self.config.output_dir), self.attempt)
         self.storage.publish(name, self.attempt, manifest.encode())
         # only after it is there: the newest good one is never the one that goes
-        prune(self.storage, self.attempt, name, self.config.checkpoint.keep)
+        prune(self.storage, self.attempt, name, self.options.keep)
 
     def _put(self, name: str, file: str, content: bytes) -> FileEntry:
         new = self.storage.create(name, self.attempt, file)
-        with contextlib.ExitStack() as stack:
-            stack.callback(new.abandon)
+        with abandoned_on_error(new):
             entry = write_blocks(new, [content])
             new.finish()
-            stack.pop_all()
         return entry
 
-    def _description(self, state: TrainState, engine: TrainingEngine) -> dict[str, Any]:
-        _, step = state_keys(engine)
+    def _finish(self, save: _Save) -> None:
+        self._save, self.num_failures = None, 0
+        self.previous_step = save.description["train_state"]["step"]
+        seconds = time.monotonic() - save.started
+        logger.info("saved checkpoint %s in %.1f s", save.name, seconds)
+
+    def _give_up(self, problems: list[str]) -> None:
+        save = self._save
+        assert save is not None
+        self._save = None
+        save.flight.cancel(_SECONDS_TO_CANCEL)
+        self.engine.mesh.barrier()  # nobody writes into what rank 0 removes
+        if self.engine.mesh.is_writer:
+            self.storage.abandon(save.name, self.attempt)  # the room may be needed
+        self._count_failure(save.name, problems)
+
+    def _count_failure(self, name: str, problems: list[str]) -> None:
+        self.num_failures += 1
+        text = f"checkpoint {name} was not saved: {'; '.join(problems)}"
+        if self.num_failures >= self.options.max_failures:
+            raise SaveError(text)
+        logger.warning("%s; training goes on, and tries again at the next one", text)
+
+    def _description(self, state: TrainState) -> dict[str, Any]:
+        _, step = state_keys(self.engine)
         return {
             # what a resumed run goes on with; the rest is for people and for `check_continuable`
             "train_state": state.to_dict(),
             "optimizer_step": step,
             "config": masked_values(config_to_dict(self.config)),
-            "layout": layout_of(engine),
+            "layout": layout_of(self.engine),
             "versions": _versions(),
         }
 
@@ -231,54 +328,6 @@ def layout_of(engine: TrainingEngine) -> dict[str, int]:
         "tensor_parallel_size": engine.mesh.tensor_parallel_size,
         "pipeline_parallel_size": engine.mesh.pipeline_parallel_size,
     }
-
-
-def _contents(
-    slices: list[Slice], keys: list[str], report: Report, shapes: Mapping[str, Shape]
-) -> Iterator[memoryview | bytes]:
-    """The bytes of a rank file; its fingerprints come by the way, while they are in the cache."""
-    sizes = {
-        key: sum(len(each.part) for each in slices if key in each.views) for key in (MASTER, *keys)
-    }
-    yield rank_file_header(sizes)
-    for column, key in enumerate((MASTER, *keys)):
-        for each in slices:
-            if key not in each.views:
-                continue
-            sums = report.fingerprints.setdefault(each.part.tensor, [0] * (1 + len(keys)))
-            for start, values in host_chunks(each.views[key]):
-                part = Range(
-                    each.part.tensor,
-                    each.part.piece,
-                    each.part.start + start,
-                    each.part.start + start + len(values),
-                )
-                own = fingerprint(values, part, shapes[each.part.tensor])
-                sums[column] = (sums[column] + own) % 2**64
-                yield memoryview(values).cast("B")
-
-
-def host_chunks(view: Tensor) -> Iterator[tuple[int, Any]]:
-    """A tensor in parts of moderate size, as numpy arrays; first element and part."""
-    for start in range(0, view.numel(), _CHUNK_ELEMENTS):
-        part = view[start : start + _CHUNK_ELEMENTS]
-        assert part.dtype == torch.float32
-        yield start, np.ascontiguousarray(part.cpu().numpy())
-
-
-def add_fingerprints(parts: list[Fingerprints]) -> Fingerprints:
-    """Adds what processes computed of their slices."""
-    total: Fingerprints = {}
-    for part in parts:
-        for name, sums in part.items():
-            before = total.setdefault(name, [0] * len(sums))
-            total[name] = [(a + b) % 2**64 for a, b in zip(before, sums, strict=True)]
-    return total
-
-
-def as_text(fingerprints: Fingerprints) -> dict[str, list[str]]:
-    """Fingerprints as the manifest has them."""
-    return {name: [f"{value:016x}" for value in sums] for name, sums in fingerprints.items()}
 
 
 def _versions() -> dict[str, str]:

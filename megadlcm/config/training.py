@@ -217,16 +217,17 @@ class CheckpointConfig:
     asynchronous: bool = field(default=False, metadata={"key": "async"})
     """Whether training goes on while a checkpoint is written; spelt `async` in YAML."""
 
+    timeout_seconds: float = 600.0
+    """How long a process may write without getting further before its save counts as failed."""
+
+    max_failures: int = 2
+    """Saves that fail one after the other and end the run; fewer are logged."""
+
     def __post_init__(self) -> None:
         """Checks the ranges; raises InputError."""
         require_at_least("checkpoint", self, 0, "interval_steps", "keep")
-        # refused rather than ignored: a run would stop at each save without saying why
-        if self.asynchronous:
-            raise InputError(
-                "checkpoint.async = true, must be false: this version writes checkpoints between "
-                "steps; leave it out",
-                key="checkpoint.async",
-            )
+        require_at_least("checkpoint", self, 1, "max_failures")
+        require_positive("checkpoint", self, "timeout_seconds")
 
 
 @dataclass(frozen=True)

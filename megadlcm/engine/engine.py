@@ -20,8 +20,8 @@ import gc
 import io
 import logging
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
@@ -165,6 +165,8 @@ class TrainingEngine:
     """How the model is spread over stages and tensor parallel processes."""
     pipeline: Pipeline
     """Runs the chunks of this stage."""
+    fences: list[Callable[[], None]] = field(default_factory=list)
+    """Called before the parameters are changed: who reads them meanwhile has to have them."""
 
     @property
     def zero_optimizer(self) -> Any | None:
@@ -200,6 +202,8 @@ class TrainingEngine:
 
     def step(self) -> bool:
         """Updates the parameters; whether DeepSpeed did."""
+        for fence in self.fences:
+            fence()
         with doing("optimizer step", computes=True):
             self.deepspeed.step()
         return bool(self.deepspeed.was_step_applied())

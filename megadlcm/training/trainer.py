@@ -100,7 +100,9 @@ class Trainer:
                     self._evaluate()
                 # after the evaluation: a checkpoint claims that its step's rows are written
                 if last or _due(self.state.step, self.config.checkpoint.interval_steps):
-                    self._save()
+                    self._save(last)
+                else:
+                    self.saver.tick()
         finally:
             self.progress.close()
         return self.state
@@ -235,15 +237,17 @@ class Trainer:
         if self.metrics is not None and self.metrics.events is not None:
             self.metrics.events.write_text("samples", text, self.state.step)
 
-    def _save(self) -> None:
+    def _save(self, is_last: bool) -> None:
         if self._saved_step == self.state.step:
             return
         arrive(f"checkpoint of step {self.state.step}")
         if self.metrics is not None:
             self.metrics.flush()  # a checkpoint claims that the rows of its steps are on the disk
-        name = self.saver.save(self.state)
+        if is_last:
+            self.saver.save(self.state)
+        else:
+            self.saver.request(self.state)
         self._saved_step = self.state.step
-        logger.info("saved checkpoint %s", name)
 
 
 def _due(step: int, interval: int) -> bool:
