@@ -169,6 +169,9 @@ class Index:
             raise ValueError("rows refer to tensors or pieces that it does not have")
         if (rows[:, 2] >= rows[:, 3]).any() or (rows[:, 3] > sizes[rows[:, 1]]).any():
             raise ValueError("a slice lies outside of its piece")
+        same = (rows[1:, :2] == rows[:-1, :2]).all(axis=1)
+        if (same & (rows[1:, 2] < rows[:-1, 3])).any():
+            raise ValueError("slices overlap, or are not sorted")
 
     @cached_property
     def _bounds(self) -> dict[tuple[int, int], tuple[int, int]]:

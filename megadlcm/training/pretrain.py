@@ -193,7 +193,8 @@ def open_trainer(
         for problem in storage.tidy():
             logger.warning("%s", problem)
     state = resume(engine, config, storage) or fresh_state(config)
-    saver = Saver(engine, config, storage, attempt or mesh.broadcast_object(uuid.uuid4().hex))
+    attempt = attempt or mesh.broadcast_object(uuid.uuid4().hex)
+    saver = Saver(engine, config, storage, attempt, sources.tokenizer.contents)
     # only now: a start that is refused must not touch the run that is there
     if mesh.is_writer:
         prepare_run_folder(config)
