@@ -301,7 +301,24 @@ def _values(folder: Path, corpus: Path) -> dict[str, Any]:
 def _make_corpus(folder: Path) -> Path:
     folder.mkdir(parents=True)
     draw = random.Random(0)
-    words = "the cat sat on a mat and saw two small birds in an old green tree".split()
+    words = [
+        "the",
+        "cat",
+        "sat",
+        "on",
+        "a",
+        "mat",
+        "and",
+        "saw",
+        "two",
+        "small",
+        "birds",
+        "in",
+        "an",
+        "old",
+        "green",
+        "tree",
+    ]
     texts = [" ".join(draw.choices(words, k=30 + number % 40)) for number in range(80)]
     (folder / "tokenizer.json").write_bytes(train_tokenizer(texts, 300))
     lines = [json.dumps({"id": str(n), "text": text}) + "\n" for n, text in enumerate(texts)]

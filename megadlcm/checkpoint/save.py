@@ -99,6 +99,7 @@ class Saver:
         self._held: list[list[Range]] = []
         self._keys: list[str] = []
         self._save: _Save | None = None
+        self._waited = 0.0
         staging = self._make_staging() if self.options.asynchronous else None
         rank = engine.mesh.rank
         self._writer = RankWriter(storage, attempt, rank, self._shapes, staging)
@@ -118,7 +119,7 @@ class Saver:
 
     # -- what the trainer calls; collective, but for the fence ------------------------------------
 
-    def request(self, state: TrainState) -> float:
+    def request(self, state: TrainState) -> None:
         """Begins to save the step just completed, and goes on; waits for a save that still runs.
 
         A failure is logged, `checkpoint.max_failures` of them in a row are an error.
@@ -126,19 +127,13 @@ class Saver:
         Args:
             state: counters.
 
-        Returns:
-            Seconds that it waited.
-
         Raises:
             SaveError: too many saves failed one after the other.
         """
-        started = time.monotonic()
         self.wait()
-        waited = time.monotonic() - started
         self._begin(state, live=not self.options.asynchronous)
         if not self.options.asynchronous:
             self.wait()
-        return waited
 
     def save(self, state: TrainState) -> str:
         """Commits a checkpoint of the step just completed, before it returns.
@@ -179,13 +174,22 @@ class Saver:
     def fence(self) -> None:
         """Returns when the parameters may be changed: a save has its copy of them."""
         if self._save is not None:
+            started = time.monotonic()
             self._save.flight.copied.wait()
+            self._waited += time.monotonic() - started
 
     def wait(self) -> None:
         """Returns when no save is under way."""
+        started = time.monotonic()
         while self._save is not None:
             self._save.flight.done.wait(_LOOK_SECONDS)
             self.tick()
+        self._waited += time.monotonic() - started
+
+    def take_waited_seconds(self) -> float:
+        """Seconds for which training waited for saves since this was asked."""
+        waited, self._waited = self._waited, 0.0
+        return waited
 
     # -- one save ---------------------------------------------------------------------------------
 

@@ -35,6 +35,7 @@ MEASURED_KEYS = (
     "tokens_per_second",
     "step_seconds",
     "data_seconds",
+    "checkpoint_wait_seconds",
     "memory_bytes",
     "model_flops_utilization",
     "restart_count",

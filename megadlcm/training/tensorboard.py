@@ -27,6 +27,7 @@ _SCALARS = {
     "model_flops_utilization": "throughput/model_flops_utilization",
     "step_seconds": "time/step_seconds",
     "data_seconds": "time/data_seconds",
+    "checkpoint_wait_seconds": "time/checkpoint_wait_seconds",
     "memory_bytes": "memory/peak_bytes",
     "eval_loss": "eval/loss",
     "bits_per_byte": "eval/bits_per_byte",

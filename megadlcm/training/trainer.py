@@ -158,6 +158,7 @@ class Trainer:
             "tokens_per_second": rate,
             "step_seconds": step_seconds,
             "data_seconds": data_seconds,
+            "checkpoint_wait_seconds": self.saver.take_waited_seconds(),
             "memory_bytes": peak_memory_bytes(self.engine.mesh.device),
         }
         if self.peak_flops is not None:
