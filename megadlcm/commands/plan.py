@@ -54,6 +54,18 @@ def add_parser(commands: Any) -> None:
         help="what a device sends to other nodes (default: 50)",
     )
     parser.add_argument(
+        "--write-bandwidth",
+        type=positive,
+        metavar="GB/s",
+        help="what a node writes to the storage of checkpoints (default: 1)",
+    )
+    parser.add_argument(
+        "--failure-hours",
+        type=positive,
+        metavar="H",
+        help="mean time between failures of the whole run; for the interval of checkpoints",
+    )
+    parser.add_argument(
         "--device-memory", type=positive, metavar="GIB", help="refuse a run that needs more"
     )
     parser.add_argument(
@@ -125,6 +137,8 @@ def _hardware(arguments: argparse.Namespace) -> Hardware:
         "device_memory_gib": arguments.device_memory,
         "intra_node_gb": arguments.intra_bandwidth,
         "inter_node_gb": arguments.inter_bandwidth,
+        "write_gb": arguments.write_bandwidth,
+        "failure_hours": arguments.failure_hours,
     }
     # what is not given keeps the default that `Hardware` has
     known = {name: value for name, value in given.items() if value is not None}

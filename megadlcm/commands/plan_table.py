@@ -11,7 +11,7 @@ from megadlcm.plan.search import Ranking
 def render_plan(plan: Plan) -> str:
     """Spells a plan as tables."""
     parts = [plan.name, _parts_table(plan), _layout_lines(plan), _memory_table(plan)]
-    return "\n\n".join([*parts, _time_table(plan)])
+    return "\n\n".join([*parts, _checkpoint_table(plan), _time_table(plan)])
 
 
 def render_ranking(ranking: Ranking, count: int) -> str:
@@ -106,6 +106,27 @@ def _memory_table(plan: Plan) -> str:
     )
     header = ("memory of the fullest process", "GiB")
     return render_table(header, [(name, f"{size / GIB:.2f}") for name, size in rows])
+
+
+def _checkpoint_table(plan: Plan) -> str:
+    saves = plan.checkpoints
+    rows = [
+        ("in all", f"{saves.total_bytes / GIB:.2f} GiB"),
+        (
+            "of a process, at most",
+            f"{saves.process_bytes / GIB:.3f} GiB, {saves.imbalance:.2f} of the mean",
+        ),
+        ("copies on a node (checkpoint.async)", f"{saves.staging_node_bytes / GIB:.2f} GiB"),
+        (
+            "a save",
+            f"{saves.save_seconds:,.1f} s, for {saves.stall_seconds:,.1f} of which training waits",
+        ),
+    ]
+    if saves.interval_seconds is not None and saves.loss_seconds is not None:
+        steps = "" if saves.interval_steps is None else f", {saves.interval_steps:,} steps"
+        rows.append(("best interval", f"{saves.interval_seconds:,.0f} s{steps}"))
+        rows.append(("lost in a failure", f"{saves.loss_seconds:,.0f} s and a restart"))
+    return render_table(("checkpoint", ""), rows, left=(0, 1))
 
 
 def _time_table(plan: Plan) -> str:

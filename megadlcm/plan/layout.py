@@ -47,6 +47,10 @@ class Hardware:
     """What one device sends to others of its node, GB/s."""
     inter_node_gb: float = 50.0
     """What one device sends to other nodes, GB/s."""
+    write_gb: float = 1.0
+    """What a node writes to the storage of checkpoints while all of them do, GB/s."""
+    failure_hours: float | None = None
+    """Mean time between failures of the whole run, in hours; None where it is not stated."""
 
     @property
     def world_size(self) -> int:

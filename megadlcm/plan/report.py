@@ -14,6 +14,7 @@ from megadlcm.plan.accounting import (
     flops_per_token,
     matmul_parameters_per_token,
 )
+from megadlcm.plan.checkpoints import CheckpointPlan, plan_checkpoints
 from megadlcm.plan.layout import (
     Hardware,
     LayoutPlan,
@@ -53,6 +54,8 @@ class Plan:
     """Stages, bubble, communication and time of a step."""
     memory: MemoryEstimate
     """Bytes of the fullest process."""
+    checkpoints: CheckpointPlan
+    """What checkpoints weigh, and how often they are best written."""
     train_steps: int
     """Optimizer steps."""
     step_tokens: int
@@ -109,6 +112,7 @@ def make_plan(config: RunConfig, hardware: Hardware) -> Plan:
         layout_name=describe_layout(config, layout.data_parallel_size),
         layout=layout,
         memory=layout.memory,
+        checkpoints=plan_checkpoints(config, hardware, layout.stages, step),
         train_steps=config.total_steps,
         step_tokens=config.step_tokens,
         training_flops=TRAINING_PASSES * flops["total"] * config.total_steps * config.step_tokens,
