@@ -17,7 +17,7 @@ from megadlcm.checkpoint.rank_file import Staging
 from megadlcm.checkpoint.resume import fresh_state
 from megadlcm.checkpoint.save import SaveError, Saver
 from megadlcm.config import RunConfig
-from megadlcm.engine import masters
+from tests.support import gathering
 from megadlcm.engine.engine import TrainingEngine
 from megadlcm.engine.state import TrainState
 from tests.support.checkpoints import load_tensors
@@ -45,7 +45,7 @@ def begun(config: RunConfig, hook: Hook) -> tuple[TrainingEngine, TrainState, Sa
 
 
 def whole(engine: TrainingEngine) -> dict[str, Tensor]:
-    return masters.read_model(engine) | masters.read_optimizer(engine)
+    return gathering.read_model(engine) | gathering.read_optimizer(engine)
 
 
 def names(config: RunConfig) -> list[str]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from data_pipeline.errors import InputError
 from megadlcm.checkpoint.resume import fresh_state, resume
 from megadlcm.config import RunConfig
-from megadlcm.engine import masters as tensors
+from tests.support import gathering as tensors
 from megadlcm.engine.engine import TrainingEngine
 from megadlcm.engine.state import TrainState
 from megadlcm.model import DLCM

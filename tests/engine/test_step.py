@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data_pipeline.reading.batch import StepBatch, batch_digest
 from megadlcm.config import RunConfig
-from megadlcm.engine import masters as tensors
+from tests.support import gathering as tensors
 from megadlcm.engine.engine import TrainingEngine
 from megadlcm.engine.objective import SUMS, MicroBatchResult, Objective
 from megadlcm.engine.state import TrainState

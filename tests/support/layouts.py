@@ -18,7 +18,7 @@ from torch import Tensor
 from megadlcm.checkpoint.resume import fresh_state, resume
 from megadlcm.config import RunConfig
 from megadlcm.engine import engine as engine_module
-from megadlcm.engine import masters as tensors
+from tests.support import gathering as tensors
 from megadlcm.engine.engine import TrainingEngine
 from megadlcm.engine.objective import MicroBatchResult, Objective, StepTotals
 from megadlcm.engine.optimizer import parameter_groups

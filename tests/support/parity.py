@@ -21,7 +21,7 @@ from torch import Tensor
 
 from data_pipeline.prepare.write_shards import PrepareOptions, prepare
 from megadlcm.config import RunConfig
-from megadlcm.engine import masters as tensors
+from tests.support import gathering as tensors
 from megadlcm.engine.engine import TrainingEngine
 from megadlcm.engine.state import TrainState
 from megadlcm.engine.step import TrainStep, global_batch_digest
@@ -200,7 +200,7 @@ def read_gradients(engine: TrainingEngine) -> dict[str, Tensor]:
             value = own[name].grad if whole else safe_get_full_grad(own[name])
             if value is None:
                 value = torch.zeros_like(own[name])
-        collected = tensors._collect(engine, part, value)
+        collected = tensors.collect(engine, part, value)
         if collected is not None:
             found[name] = collected.float()
     return found
