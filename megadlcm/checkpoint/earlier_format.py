@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from data_pipeline.errors import InputError
@@ -46,6 +46,33 @@ def files_of(content: bytes) -> dict[str, Any] | None:
     return values if is_first else None
 
 
+def outline(manifest: dict[str, Any]) -> Manifest:
+    """What such a manifest says, with nothing of the files but their sizes.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        entries = {
+            file: FileEntry(int(said["bytes"]), "", "") for file, said in manifest["files"].items()
+        }
+        return Manifest(
+            step=int(manifest["step"]),
+            run="",
+            attempt="",
+            written=str(manifest.get("written", "")),
+            layout={},
+            keys=[],
+            num_elements=0,
+            rank_files=[],
+            files=entries,
+            fingerprints=dict(manifest.get("fingerprints", {})),
+            format=1,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{files.MANIFEST} is damaged ({error})") from error
+
+
 def read(storage: CheckpointStorage, name: str, manifest: dict[str, Any]) -> WholeTensors:
     """Opens such a checkpoint; its files are read once, and verified.
 
@@ -53,32 +80,20 @@ def read(storage: CheckpointStorage, name: str, manifest: dict[str, Any]) -> Who
         InputError: it is damaged; the line says how.
         OSError: the storage fails.
     """
+    said = outline(manifest)
     entries: dict[str, FileEntry] = {}
     heads: dict[str, _Head] = {}
-    for file, said in manifest["files"].items():
-        try:
-            size, sha256 = int(said["bytes"]), str(said["sha256"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{files.MANIFEST} is damaged ({error})") from error
-        entries[file] = _verified(storage, name, file, size, sha256)
+    for file, entry in said.files.items():
+        sha256 = str(manifest["files"][file].get("sha256"))
+        entries[file] = _verified(storage, name, file, entry.size, sha256)
         if file.endswith(".safetensors"):
-            heads[file] = _head(storage, name, file, size)
-    try:
-        step = int(manifest["step"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{files.MANIFEST} is damaged ({error})") from error
-    return _contents(storage, name, step, entries, heads)
+            heads[file] = _head(storage, name, file, entry.size)
+    return _contents(storage, name, replace(said, files=entries), heads)
 
 
 def _verified(
     storage: CheckpointStorage, name: str, file: str, size: int, sha256: str
 ) -> FileEntry:
-    try:
-        actual = storage.size(name, file)
-    except FileNotFoundError as error:
-        raise InputError(f"{file} is missing") from error
-    if actual != size:
-        raise InputError(f"{file} has {actual:,} bytes, the manifest says {size:,}")
     digest, blocks = hashlib.sha256(), []
     for block in read_blocks(storage, name, file, size):
         digest.update(block)
@@ -93,15 +108,14 @@ def _head(storage: CheckpointStorage, name: str, file: str, size: int) -> _Head:
     content = read_whole(storage, name, file, min(8 + length, size))
     try:
         return parse_header(content, size)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is no file of fp32 tensors ({error})") from error
 
 
 def _contents(
     storage: CheckpointStorage,
     name: str,
-    step: int,
-    entries: dict[str, FileEntry],
+    manifest: Manifest,
     heads: dict[str, _Head],
 ) -> WholeTensors:
     model, optimizer = heads[files.MODEL], heads.get(files.OPTIMIZER, {})
@@ -126,7 +140,12 @@ def _contents(
             places[number, key] = (files.OPTIMIZER, optimizer[f"{each}.{key}"][0])
     index = Index.of(shapes, len(owners) or len(names), slices)
     num_elements = sum(len(part) for (part,) in slices)
-    manifest = Manifest(step, "", "", "", {}, keys, num_elements, [], entries, format=1)
+    fingerprints = manifest.fingerprints  # only a converted one has them
+    if set(fingerprints) != set(names) or {len(s) for s in fingerprints.values()} != {
+        1 + len(keys)
+    }:
+        fingerprints = {}
+    manifest = replace(manifest, keys=keys, num_elements=num_elements, fingerprints=fingerprints)
     return WholeTensors(manifest, index, places, _count(storage, name, optimizer))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -25,7 +26,6 @@ from megadlcm.checkpoint.index import Index
 from megadlcm.checkpoint.storage import (
     CheckpointStorage,
     LocalStorage,
-    read_blocks,
     read_whole,
 )
 from megadlcm.run_folder import files
@@ -88,39 +88,70 @@ def open_checkpoint(storage: CheckpointStorage, name: str) -> Checkpoint:
     Raises:
         InputError: it is damaged, or of a later version; the line says how.
     """
-    try:
-        manifest_bytes = storage.manifest(name)
-    except FileNotFoundError as error:
-        raise InputError(f"{files.MANIFEST} is missing") from error
-    except (OSError, StorageError) as error:
-        raise InputError(f"{files.MANIFEST} cannot be read ({_reason(error)})") from error
-    whole = earlier_format.files_of(manifest_bytes)
+    manifest, whole = _look(storage, name)
     optimizer_step = None
-    try:
+    with _named_errors(f"{files.STATE} is damaged"):
         if whole is not None:
             tensors = earlier_format.read(storage, name, whole)
             manifest, places = tensors.manifest, tensors.places
             index_bytes, optimizer_step = tensors.index.encode(), tensors.optimizer_step
         else:
-            manifest = _decoded_manifest(manifest_bytes)
-            _check_sizes(storage, name, manifest.files)
             index_bytes = _read_file(storage, name, INDEX, manifest)
             places = _places(Index.decode(index_bytes), manifest)
         description = json.loads(_read_file(storage, name, files.STATE, manifest))
         if not isinstance(description, dict) or "train_state" not in description:
             raise InputError(f"{files.STATE} is no description of a checkpoint")
-    except (OSError, StorageError) as error:
-        raise InputError(_reason(error)) from error
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{files.STATE} is damaged ({error})") from error
     if optimizer_step is not None:
         description["optimizer_step"] = optimizer_step
-    named = step_of(name)
-    if named is not None and named != manifest.step:
-        raise InputError(f"it holds step {manifest.step}: the folder was renamed")
     return Checkpoint(storage, name, manifest, index_bytes, description, places)
+
+
+def quick_look(storage: CheckpointStorage, name: str) -> Manifest:
+    """Reads what a checkpoint says of itself, and looks whether its files have their sizes.
+
+    Args:
+        storage: where it lies.
+        name: of its folder.
+
+    Returns:
+        Its manifest.
+
+    Raises:
+        InputError: it is damaged, or of a later version; the line says how.
+    """
+    return _look(storage, name)[0]
+
+
+def _look(storage: CheckpointStorage, name: str) -> tuple[Manifest, dict[str, Any] | None]:
+    """The manifest, of the first format also its text."""
+    try:
+        content = storage.manifest(name)
+    except FileNotFoundError as error:
+        raise InputError(f"{files.MANIFEST} is missing") from error
+    except (OSError, StorageError) as error:
+        raise InputError(f"{files.MANIFEST} cannot be read ({_reason(error)})") from error
+    with _named_errors(f"{files.MANIFEST} is damaged"):
+        whole = earlier_format.files_of(content)
+        outline = earlier_format.outline
+        manifest = _decoded_manifest(content) if whole is None else outline(whole)
+        named = step_of(name)
+        if named is not None and named != manifest.step:
+            raise InputError(f"it holds step {manifest.step}: the folder was renamed")
+        _check_sizes(storage, name, manifest.files)
+    return manifest, whole
+
+
+@contextlib.contextmanager
+def _named_errors(damage: str) -> Iterator[None]:
+    """Turns what storage and parsers say into lines; `damage`: what stands before the latter."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, StorageError) as error:
+        raise InputError(f"it cannot be read ({_reason(error)})") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{damage} ({error})") from error
 
 
 def _decoded_manifest(content: bytes) -> Manifest:
@@ -170,16 +201,6 @@ def _places(index: Index, manifest: Manifest) -> dict[tuple[int, str], tuple[str
         if begin != manifest.files[name].size:
             raise InputError(f"{INDEX} does not fit the size of {name}")
     return places
-
-
-def find_damage(checkpoint: Checkpoint) -> Iterator[tuple[int, str]]:
-    """Reads every block of a checkpoint; bytes read, and what is wrong with them, if anything."""
-    manifest = checkpoint.manifest
-    for file, entry in manifest.files.items():
-        blocks = read_blocks(checkpoint.storage, checkpoint.name, file, entry.size)
-        for index, block in enumerate(blocks):
-            problem = block_problem(entry, index, block)
-            yield len(block), f"{file}: {problem}" if problem else ""
 
 
 def candidates(storage: CheckpointStorage) -> Iterator[tuple[str, Checkpoint | InputError]]:

@@ -168,15 +168,24 @@ def rank_file_name(rank: int) -> str:
 
 
 def rank_file_header(sizes: Mapping[str, int]) -> bytes:
-    """What stands before the arrays of a rank file, of a length that aligns them.
+    """What stands before the arrays of a rank file.
 
     Args:
         sizes: fp32 elements by name, in the order of the arrays.
     """
+    return fp32_header({name: (size,) for name, size in sizes.items()})
+
+
+def fp32_header(shapes: Mapping[str, tuple[int, ...]]) -> bytes:
+    """What stands before fp32 arrays in a safetensors file, of a length that aligns them.
+
+    Args:
+        shapes: by name, in the order of the arrays.
+    """
     entries, position = {}, 0
-    for name, size in sizes.items():
-        end = position + _ITEM_BYTES * size
-        entries[name] = {"dtype": "F32", "shape": [size], "data_offsets": [position, end]}
+    for name, shape in shapes.items():
+        end = position + _ITEM_BYTES * math.prod(shape)
+        entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(entries).encode()
     length = -(-(8 + len(text)) // _ALIGNMENT) * _ALIGNMENT - 8

@@ -12,9 +12,8 @@ from torch import Tensor
 from data_pipeline.errors import InputError, StorageError
 from megadlcm.checkpoint.folder import Checkpoint
 from megadlcm.checkpoint.format import MASTER
-from megadlcm.checkpoint.index import Range
 from megadlcm.checkpoint.rank_file import add_fingerprints, as_text, take_fingerprints
-from megadlcm.checkpoint.reading import BlockReader, ReadJob, ReadVolume
+from megadlcm.checkpoint.reading import BlockReader, ReadJob, ReadVolume, jobs_for
 from megadlcm.checkpoint.slices import own_slices, whole_shapes
 from megadlcm.engine.engine import TrainingEngine
 from megadlcm.engine.masters import follow_masters, make_states
@@ -71,20 +70,6 @@ def _read(engine: TrainingEngine, checkpoint: Checkpoint) -> ReadVolume:
     for view, target in bounced:
         view.copy_(torch.from_numpy(target))
     return volume
-
-
-def jobs_for(checkpoint: Checkpoint, wanted: Range, key: str, target: Any) -> list[ReadJob]:
-    """What is to be read for a slice.
-
-    Raises:
-        InputError: the checkpoint does not have all of it.
-    """
-    jobs = []
-    for copy in checkpoint.index.plan(wanted):
-        number, position = (int(value) for value in checkpoint.index.rows[copy.row, 4:])
-        file, begin = checkpoint.places[number, key]
-        jobs.append(ReadJob(file, begin + 4 * (position + copy.source), copy, target))
-    return jobs
 
 
 def _compare(engine: TrainingEngine, checkpoint: Checkpoint) -> None:

@@ -11,8 +11,7 @@ from data_pipeline.errors import InputError
 from megadlcm.checkpoint.folder import find_checkpoint
 from megadlcm.checkpoint.format import MASTER
 from megadlcm.checkpoint.index import Piece, Range
-from megadlcm.checkpoint.load import jobs_for
-from megadlcm.checkpoint.reading import BlockReader
+from megadlcm.checkpoint.reading import BlockReader, jobs_for
 from megadlcm.config import config_from_dict
 from megadlcm.model import LanguageModel, build_model
 

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import InputError
+from megadlcm.checkpoint.folder import Checkpoint
 from megadlcm.checkpoint.format import BLOCK_BYTES, FileEntry, block_problem
-from megadlcm.checkpoint.index import Copy, scatter
+from megadlcm.checkpoint.index import Copy, Range, scatter
 from megadlcm.checkpoint.storage import CheckpointStorage
 
 _WINDOW_BLOCKS = 8
@@ -120,6 +121,20 @@ class BlockReader:
         with self._lock:
             self.volume.wanted += sum(job.copy.size for job in window) * _ITEM_BYTES
             self.volume.read += end - begin
+
+
+def jobs_for(checkpoint: Checkpoint, wanted: Range, key: str, target: Any) -> list[ReadJob]:
+    """What is to be read for a slice.
+
+    Raises:
+        InputError: the checkpoint does not have all of it.
+    """
+    jobs = []
+    for copy in checkpoint.index.plan(wanted):
+        number, position = (int(value) for value in checkpoint.index.rows[copy.row, 4:])
+        file, begin = checkpoint.places[number, key]
+        jobs.append(ReadJob(file, begin + 4 * (position + copy.source), copy, target))
+    return jobs
 
 
 def _split(whole: ReadJob) -> Iterator[ReadJob]:

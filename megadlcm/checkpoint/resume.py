@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import InputError
+from data_pipeline.errors import InputError, StorageError
 from data_pipeline.masking import masked_values
 from data_pipeline.reading.phases import Phase, first_phase, next_phases
 from megadlcm.checkpoint.folder import Checkpoint, candidates, name_passed_over, storage_of
@@ -59,7 +59,9 @@ def resume(
     # one process looks and tells the others: two could see a folder differently
     choices = _good(storage, damaged) if mesh.is_writer else iter(())
     while True:
-        chosen, damaged_now = mesh.broadcast_object((next(choices, None), damaged))
+        chosen, damaged_now, problem = mesh.broadcast_object(_next(choices, damaged))
+        if problem:
+            raise StorageError(f"output_dir = {config.output_dir}: {problem}")
         if chosen is None:
             if damaged_now:
                 raise _no_good_one(config, damaged_now)
@@ -89,6 +91,17 @@ def _good(storage: CheckpointStorage, damaged: list[str]) -> Iterator[Checkpoint
             yield found
         else:
             damaged.append(f"{name}: {found}")
+
+
+def _next(
+    choices: Iterator[Checkpoint], damaged: list[str]
+) -> tuple[Checkpoint | None, list[str], str]:
+    """The next choice, what was passed over until now, and why none can be looked for."""
+    try:
+        return next(choices, None), damaged, ""
+    except (OSError, StorageError) as error:
+        # not known is not none: a start from scratch would bury what is there
+        return None, damaged, f"its checkpoints cannot be listed ({error}); look after the disk"
 
 
 def _no_good_one(config: RunConfig, damaged: list[str]) -> InputError:

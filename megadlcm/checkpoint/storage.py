@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 PINS = "pins"
 _PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 20.0)
 """Seconds between looks for a file that a manifest vouches for: names come late on NFS."""
+_NAME = re.compile(files.STEP_PATTERN)
 _OURS = re.compile(files.STEP_PATTERN + r"\.[0-9a-f]{32}\.(writing|deleting)")
 
 
@@ -132,10 +133,11 @@ class LocalStorage:
 
     Args:
         root: the folder `checkpoints`.
+        has_latest: whether `latest` is to name the newest one.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, has_latest: bool = True) -> None:
+        self.root, self.has_latest = root, has_latest
 
     def _building(self, name: str, attempt: str) -> Path:
         return self.root / f"{name}.{attempt}.writing"
@@ -170,6 +172,10 @@ class LocalStorage:
                 self._set_aside(name, attempt)
             building.rename(final)
             sync_path(self.root)
+        if self.has_latest:
+            self._name_latest(name)
+
+    def _name_latest(self, name: str) -> None:
         try:  # for people: what is in its place, or keeps it from being written, costs no save
             write_durably(self.root / files.LATEST, f"{name}\n".encode())
         except (OSError, StorageError) as error:
@@ -179,15 +185,12 @@ class LocalStorage:
         shutil.rmtree(self._building(name, attempt), ignore_errors=True)
 
     def names(self) -> list[str]:
-        pattern = re.compile(files.STEP_PATTERN)
         try:
-            entries = list(os.scandir(self.root))
+            found = os.listdir(self.root)
         except FileNotFoundError:
             return []
-        found = [
-            entry.name for entry in entries if pattern.fullmatch(entry.name) and entry.is_dir()
-        ]
-        return sorted(found, reverse=True)
+        # whatever it is: a link that leads nowhere is named as damage, and not mistaken for nothing
+        return sorted((name for name in found if _NAME.fullmatch(name)), reverse=True)
 
     def manifest(self, name: str) -> bytes:
         return (self.root / name / files.MANIFEST).read_bytes()
@@ -239,9 +242,11 @@ class LocalStorage:
     def tidy(self) -> list[str]:
         problems = []
         try:
-            names = sorted(entry.name for entry in os.scandir(self.root))
+            names = sorted(os.listdir(self.root))
         except FileNotFoundError:
             return []
+        except OSError as error:
+            return [f"{self.root}: cannot be listed ({error.strerror})"]
         for name in names:
             if _OURS.fullmatch(name):
                 try:

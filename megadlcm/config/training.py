@@ -214,6 +214,9 @@ class CheckpointConfig:
     keep: int = 3
     """How many of the newest checkpoints stay; 0 means all."""
 
+    keep_every: int = 0
+    """Those whose step is a multiple of it stay as well; 0 means none."""
+
     asynchronous: bool = field(default=False, metadata={"key": "async"})
     """Whether training goes on while a checkpoint is written; spelt `async` in YAML."""
 
@@ -225,7 +228,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         """Checks the ranges; raises InputError."""
-        require_at_least("checkpoint", self, 0, "interval_steps", "keep")
+        require_at_least("checkpoint", self, 0, "interval_steps", "keep", "keep_every")
         require_at_least("checkpoint", self, 1, "max_failures")
         require_positive("checkpoint", self, "timeout_seconds")
 

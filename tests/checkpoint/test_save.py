@@ -17,9 +17,9 @@ from megadlcm.checkpoint.rank_file import Staging
 from megadlcm.checkpoint.resume import fresh_state
 from megadlcm.checkpoint.save import SaveError, Saver
 from megadlcm.config import RunConfig
-from tests.support import gathering
 from megadlcm.engine.engine import TrainingEngine
 from megadlcm.engine.state import TrainState
+from tests.support import gathering
 from tests.support.checkpoints import load_tensors
 from tests.support.distributed import run_distributed
 from tests.support.hooked_storage import Hook, HookedStorage

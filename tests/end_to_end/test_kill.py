@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing import event_accumulator  # type: ignore[import-untyped]
 
-from megadlcm.run_folder.checkpoints import read_description
 from megadlcm.run_folder.rows import read_rows
-from tests.support.checkpoints import load_tensors
+from tests.support.checkpoints import load_tensors, newest_folder
+from tests.support.damage import flip_bit
 from tests.support.train_processes import (
     Moment,
     after_step,
@@ -21,7 +22,6 @@ from tests.support.train_processes import (
     finish,
     kill_at,
     last_step,
-    newest_checkpoint,
     start_command,
     while_saving,
     write_run_file,
@@ -86,8 +86,8 @@ def assert_every_step_is_there_once(run_folder: Path) -> None:
 
 def restart_count(run_folder: Path) -> int:
     """Resumes that the last checkpoint looks back on."""
-    state = read_description(newest_checkpoint(run_folder))["train_state"]
-    return int(state["restart_count"])
+    _, _, description = load_tensors(newest_folder(run_folder))
+    return int(description["train_state"]["restart_count"])
 
 
 def test_a_run_killed_while_it_saves_goes_on_as_if_nothing_had_happened(
@@ -139,7 +139,7 @@ def test_a_run_killed_again_and_again_is_bit_equal_to_the_one_left_alone(
     assert_every_step_is_there_once(folder)
     assert restart_count(folder) >= 1 and restart_count(alone) == 0
     if sections is TRACKED_RULE:
-        model, _, _ = load_tensors(newest_checkpoint(folder))
+        model, _, _ = load_tensors(newest_folder(folder))
         assert float(model["boundary_detector.threshold"]) != 0.5  # there was something to lose
 
 
@@ -148,15 +148,12 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(
 ) -> None:
     file, folder = make_run("damaged")
     kill_at(start_command("train", file), after_step(2 * INTERVAL + 1), folder)
-    damaged = newest_checkpoint(folder)
-    contents = bytearray((damaged / "optimizer.safetensors").read_bytes())
-    contents[-5] ^= 1
-    (damaged / "optimizer.safetensors").write_bytes(contents)
-    older = newest_checkpoint(folder)
-    assert older < damaged
+    damaged = newest_folder(folder)
+    flip_bit(damaged / "rank_00000.safetensors", -5)
+    older = damaged.with_name(sorted(checkpoint_names(folder))[-2])
     finish(start_command("train", file))
     log = (folder / "logs" / "rank_0000.log").read_text()
-    assert f"passed over damaged checkpoint {damaged}: optimizer.safetensors" in log
+    assert re.search(rf"passed over damaged checkpoint \S*{damaged.name}: rank 0: rank_00000", log)
     assert f"resumed from {older} " in log
     assert differences(left_alone, folder) == []
     assert_every_step_is_there_once(folder)

@@ -14,10 +14,9 @@ from torch import Tensor
 from megadlcm.config import RunConfig
 from megadlcm.model import build_model
 from megadlcm.model.scaling import parameter_table
-from megadlcm.run_folder.checkpoints import find_checkpoint
 from megadlcm.run_folder.rows import read_rows
 from megadlcm.training import pretrain
-from tests.support.checkpoints import load_tensors
+from tests.support.checkpoints import load_tensors, newest_folder
 from tests.support.distributed import run_distributed
 from tests.support.gradients import reference_gradients, sgd_run, worst_error
 from tests.support.layouts import (
@@ -237,7 +236,7 @@ def test_one_rank_continues_what_two_have_saved(
 
 def check_continued(config: RunConfig, start: Start, uninterrupted: LayoutStep) -> None:
     """Each number of the checkpoint has arrived, and the next step is the uninterrupted one."""
-    model, optimizer, description = load_tensors(find_checkpoint(config.output_dir))
+    model, optimizer, description = load_tensors(newest_folder(config.output_dir))
     assert any(name.endswith("exp_avg_sq") for name in optimizer)
     for saved, read in ((model, start.model), (optimizer, start.optimizer)):
         assert saved.keys() == read.keys()

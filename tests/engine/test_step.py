@@ -11,12 +11,12 @@ from torch import Tensor
 
 from data_pipeline.reading.batch import StepBatch, batch_digest
 from megadlcm.config import RunConfig
-from tests.support import gathering as tensors
 from megadlcm.engine.engine import TrainingEngine
 from megadlcm.engine.objective import SUMS, MicroBatchResult, Objective
 from megadlcm.engine.state import TrainState
 from megadlcm.engine.step import NonFiniteError, TrainStep, calibrate_boundaries
 from megadlcm.model import DLCM
+from tests.support import gathering as tensors
 from tests.support.tiny_runs import step_loader, tiny_engine
 
 LAYOUTS = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 2)]

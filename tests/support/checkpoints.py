@@ -8,19 +8,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadlcm.checkpoint.folder import Checkpoint, open_checkpoint
+from megadlcm.checkpoint.folder import (
+    Checkpoint,
+    find_checkpoint,
+    open_checkpoint,
+    step_of,
+    storage_of,
+)
 from megadlcm.checkpoint.format import MASTER
 from megadlcm.checkpoint.index import Piece, Range
-from megadlcm.checkpoint.load import jobs_for
-from megadlcm.checkpoint.reading import BlockReader
+from megadlcm.checkpoint.reading import BlockReader, jobs_for
 from megadlcm.checkpoint.resume import fresh_state, resume
 from megadlcm.checkpoint.storage import LocalStorage
+from megadlcm.checkpoint.verifying import verify
 from megadlcm.config import RunConfig
 from megadlcm.engine.engine import TrainingEngine
 from megadlcm.engine.state import TrainState
 from tests.support.layouts import run_steps
 from tests.support.saving import save_checkpoint
 from tests.support.tiny_runs import tiny_engine
+
+
+def newest_folder(run_folder: str | Path) -> Path:
+    """The newest checkpoint of a run that is not seen to be damaged."""
+    return storage_of(run_folder).root / find_checkpoint(run_folder).name
+
+
+def problems(run_folder: str | Path) -> dict[int, str]:
+    """What a full verify says of each checkpoint of a run, by step, newest first."""
+    storage = storage_of(run_folder)
+    verdicts = [verify(storage, name) for name in storage.names()]
+    assert not any(verdict.is_gone for verdict in verdicts)
+    return {step_of(verdict.name): verdict.problem for verdict in verdicts}
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Shard folders that are not as they were written."""
+"""Files that are not as they were written."""
 
 from __future__ import annotations
 
@@ -25,3 +25,13 @@ def flip(path: Path, offset: int) -> None:
     contents = bytearray(path.read_bytes())
     contents[offset] ^= 0x20
     path.write_bytes(contents)
+
+
+def flip_bit(path: Path, offset: int = -1) -> None:
+    """Changes the lowest bit of one byte, in place."""
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.seek(offset % size)
+        byte = file.read(1)[0]
+        file.seek(offset % size)
+        file.write(bytes([byte ^ 1]))

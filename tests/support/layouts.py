@@ -18,7 +18,6 @@ from torch import Tensor
 from megadlcm.checkpoint.resume import fresh_state, resume
 from megadlcm.config import RunConfig
 from megadlcm.engine import engine as engine_module
-from tests.support import gathering as tensors
 from megadlcm.engine.engine import TrainingEngine
 from megadlcm.engine.objective import MicroBatchResult, Objective, StepTotals
 from megadlcm.engine.optimizer import parameter_groups
@@ -32,6 +31,7 @@ from megadlcm.parallel.process_group import join_process_group
 from megadlcm.training import pretrain
 from megadlcm.training.checks import check_training_sources
 from megadlcm.training.replica_loader import open_loader
+from tests.support import gathering as tensors
 from tests.support.saving import save_checkpoint
 from tests.support.tiny_runs import tiny_engine
 

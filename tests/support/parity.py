@@ -21,12 +21,12 @@ from torch import Tensor
 
 from data_pipeline.prepare.write_shards import PrepareOptions, prepare
 from megadlcm.config import RunConfig
-from tests.support import gathering as tensors
 from megadlcm.engine.engine import TrainingEngine
 from megadlcm.engine.state import TrainState
 from megadlcm.engine.step import TrainStep, global_batch_digest
 from megadlcm.model.boundary_detector import BoundaryOutput
 from megadlcm.training.replica_loader import open_loader
+from tests.support import gathering as tensors
 from tests.support.layouts import no_parameter_is_too_small_to_be_partitioned
 from tests.support.tiny_runs import random_text, tiny_engine, tiny_run
 

@@ -16,9 +16,8 @@ import yaml
 from torch import Tensor
 
 from megadlcm.run_folder import files
-from megadlcm.run_folder.checkpoints import newest_verified
 from megadlcm.run_folder.rows import read_rows, training_rows
-from tests.support.checkpoints import load_tensors
+from tests.support.checkpoints import load_tensors, newest_folder
 from tests.support.tiny_runs import run_values, without_timing
 
 START_SECONDS = 120
@@ -94,7 +93,7 @@ def while_saving(count: int) -> Moment:
 
     def saving(run_folder: Path) -> bool:
         names = [name for name in checkpoint_names(run_folder) if name.startswith("step_")]
-        unfinished = [name for name in names if name.endswith(".tmp")]
+        unfinished = [name for name in names if name.endswith(".writing")]
         return bool(unfinished) and len(names) - len(unfinished) >= count
 
     return saving
@@ -111,13 +110,6 @@ def checkpoint_names(run_folder: Path) -> list[str]:
     return sorted(os.listdir(root)) if root.is_dir() else []
 
 
-def newest_checkpoint(run_folder: Path) -> Path:
-    """The newest complete, verified checkpoint of a run."""
-    newest = newest_verified(run_folder / files.CHECKPOINTS)
-    assert newest is not None
-    return newest.path
-
-
 def differences(left: Path, right: Path) -> list[str]:
     """Names what two finished runs do not share bit for bit, apart from time and restarts."""
     found = []
@@ -129,7 +121,7 @@ def differences(left: Path, right: Path) -> list[str]:
         changed = sorted(key for key in keys if one.get(key) != other.get(key))
         found += [f"step {one['step']}: {key}" for key in changed]
     (model, optimizer, state), (other_model, other_optimizer, other_state) = (
-        load_tensors(newest_checkpoint(folder)) for folder in (left, right)
+        load_tensors(newest_folder(folder)) for folder in (left, right)
     )
     found += [f"model {name}" for name in _unequal(model, other_model)]
     found += [f"optimizer {name}" for name in _unequal(optimizer, other_optimizer)]

@@ -16,11 +16,10 @@ from data_pipeline.shard_format.index import read_index
 from megadlcm.config import RunConfig, load_config
 from megadlcm.engine.learning_rate import learning_rate_factor
 from megadlcm.engine.objective import MicroBatchResult, Objective
-from megadlcm.run_folder.checkpoints import find_checkpoint
 from megadlcm.run_folder.rows import read_rows
 from megadlcm.training import pretrain
 from megadlcm.training.trainer import Trainer
-from tests.support.checkpoints import load_tensors
+from tests.support.checkpoints import load_tensors, newest_folder
 from tests.support.tiny_runs import without_timing
 
 MakeRun = Callable[..., RunConfig]
@@ -91,7 +90,7 @@ def test_a_run_leaves_the_promised_folder(make_run: MakeRun) -> None:
     assert text.count("tokens per concept ==") == 3 and "== code / valid1" in text
     assert len(list((folder / "tensorboard").glob("events.*"))) == 1
     assert "saved " in log_of(config) and "WARNING" not in log_of(config)
-    _, _, description = load_tensors(find_checkpoint(folder))
+    _, _, description = load_tensors(newest_folder(folder))
     state, last = description["train_state"], read_rows(folder)[-2]
     for key in ("step", "consumed_samples", "consumed_tokens"):
         assert state[key] == last[key] > 0
@@ -134,7 +133,7 @@ def test_a_bad_loss_ends_the_run_and_loses_nothing(
     assert error.startswith("error: step 4: loss nan") and error.count("\n") == 1
     assert "Samples 12..15" in error and "ERROR" in log_of(config)
     assert [row["step"] for row in read_rows(folder)] == [1, 2, 3]
-    assert find_checkpoint(folder).name == "step_0000000002"
+    assert newest_folder(folder).name == "step_0000000002"
     # what made it bad is gone: the run goes on as if nothing had happened
     assert pretrain.run(config) == 0
     undisturbed = make_run("undisturbed", training=training(), checkpoint={"interval_steps": 2})

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
 import subprocess
@@ -14,20 +15,24 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import InputError
+from megadlcm.checkpoint.folder import find_checkpoint
 from megadlcm.checkpoint.resume import fresh_state, resume
+from megadlcm.checkpoint.save import SaveError
 from megadlcm.config import RunConfig
-from tests.support import gathering as tensors
 from megadlcm.engine.engine import TrainingEngine
+from megadlcm.engine.masters import make_states
 from megadlcm.engine.state import TrainState
 from megadlcm.model import DLCM
 from megadlcm.run_folder import files
-from megadlcm.run_folder.checkpoints import find_checkpoint
 from megadlcm.training.checkpoint import load_model
-from tests.support.checkpoints import load_tensors, start_again, train
+from tests.support import gathering as tensors
+from tests.support.checkpoints import load_tensors, newest_folder, start_again, train
+from tests.support.damage import flip_bit
 from tests.support.layouts import LayoutStep, run_steps
 from tests.support.saving import save_checkpoint
 from tests.support.tiny_runs import tiny_engine
 
+RANK_FILE = "rank_00000.safetensors"
 LAYOUTS = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 2)]
 MakeRun = Callable[..., RunConfig]
 
@@ -82,9 +87,8 @@ def test_without_the_optimizer_state_the_run_would_be_another_one(
     """Negative control: the comparison above sees what a checkpoint could forget."""
     config = make_run(training={"precision": precision}, parallel={"zero_stage": zero_stage})
     uninterrupted = three_more_steps(train(config, 2, save_at=(2,)), config, TrainState(2, 8))
-    saved_model, _, _ = load_tensors(find_checkpoint(config.output_dir))
-    forgetful = tiny_engine(config)
-    tensors.write_model(forgetful, saved_model)
+    forgetful, _ = start_again(config)
+    make_states(forgetful, ("exp_avg", "exp_avg_sq"), 2)
     resumed = three_more_steps(forgetful, config, TrainState(2, 8))
     assert resumed[0] == uninterrupted[0] and resumed[1].loss != uninterrupted[1].loss
 
@@ -107,7 +111,7 @@ def test_a_checkpoint_holds_whole_fp32_tensors_under_the_models_names(
 ) -> None:
     config = make_run(training={"precision": precision}, parallel={"zero_stage": zero_stage})
     engine = train(config, 1, save_at=(1,))
-    model_tensors, optimizer_tensors, description = load_tensors(find_checkpoint(config.output_dir))
+    model_tensors, optimizer_tensors, description = load_tensors(newest_folder(config.output_dir))
     shapes = {name: tensor.shape for name, tensor in engine.model.state_dict().items()}
     assert {name: tensor.shape for name, tensor in model_tensors.items()} == shapes
     assert {tensor.dtype for tensor in model_tensors.values()} == {torch.float32}
@@ -136,22 +140,20 @@ def test_a_damaged_newest_checkpoint_costs_only_its_own_steps(
     config = make_run()
     train(config, 3, save_at=(1, 2, 3))
     checkpoints = Path(config.output_dir) / "checkpoints"
-    contents = bytearray((checkpoints / "step_0000000003" / files.OPTIMIZER).read_bytes())
-    contents[len(contents) // 2] ^= 1
-    (checkpoints / "step_0000000003" / files.OPTIMIZER).write_bytes(contents)
-    (checkpoints / "step_0000000009.tmp").mkdir()  # a save that was killed
+    flip_bit(checkpoints / "step_0000000003" / RANK_FILE)
+    (checkpoints / f"step_0000000009.{'0' * 32}.writing").mkdir()  # a save that was killed
     with caplog.at_level(logging.WARNING):
         engine, state = start_again(config)
-    assert state.step == 2 and "step_0000000003: optimizer.safetensors" in caplog.text
+    assert state.step == 2 and f"step_0000000003: rank 0: {RANK_FILE}: block 0" in caplog.text
     run_steps(engine, config, state, 1)
     save_checkpoint(engine, config, state)
-    assert sorted(path.name for path in checkpoints.iterdir()) == [
+    assert sorted(path.name for path in checkpoints.iterdir() if "." not in path.name) == [
         "latest",
         "step_0000000001",
         "step_0000000002",
         "step_0000000003",
     ]
-    assert find_checkpoint(config.output_dir).name == "step_0000000003"
+    assert newest_folder(config.output_dir).name == "step_0000000003"
 
 
 def test_a_save_that_fails_loses_nothing_that_was_saved(
@@ -164,12 +166,12 @@ def test_a_save_that_fails_loses_nothing_that_was_saved(
     run_steps(engine, config, state, 1)
 
     def full_disk(*_: Any, **__: Any) -> None:
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr("megadlcm.checkpoint.tensors.save_file", full_disk)
+    with monkeypatch.context() as patch, pytest.raises(SaveError, match="No space left"):
+        patch.setattr("megadlcm.checkpoint.storage.os.write", full_disk)
         save_checkpoint(engine, config, state)
-    assert find_checkpoint(config.output_dir) == folder
+    assert newest_folder(config.output_dir) == folder
     assert start_again(config)[1].step == 1
 
 
@@ -315,8 +317,8 @@ def test_a_path_without_a_checkpoint_is_an_error_of_one_line(
     config = make_run()
     train(config, 1, save_at=(1,))
     (folder,) = (Path(config.output_dir) / "checkpoints").glob("step_*")
-    assert find_checkpoint(config.output_dir) == find_checkpoint(folder) == folder
-    (folder / files.MODEL).write_bytes(b"torn")
+    assert find_checkpoint(config.output_dir).name == find_checkpoint(folder).name == folder.name
+    (folder / RANK_FILE).write_bytes(b"torn")
     empty = tmp_path / "empty"
     (empty / "checkpoints").mkdir(parents=True)
     for path, problem in (
@@ -324,7 +326,7 @@ def test_a_path_without_a_checkpoint_is_an_error_of_one_line(
         (corpus_file(tmp_path), "not a folder"),
         (empty, "no complete checkpoint"),
         (config.output_dir, "no complete checkpoint"),
-        (folder, "model.safetensors has 4 bytes"),
+        (folder, "rank_00000.safetensors has 4 bytes"),
         (empty / "checkpoints", "manifest.json is missing"),
     ):
         for load in (find_checkpoint, load_model):

@@ -1,0 +1,121 @@
+"""Checkpoints that no engine wrote, of any size and number of files."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megadlcm.checkpoint.converting import share_out
+from megadlcm.checkpoint.fingerprint import fingerprint
+from megadlcm.checkpoint.format import (
+    INDEX,
+    MASTER,
+    FileEntry,
+    Manifest,
+    rank_file_header,
+    rank_file_name,
+    write_blocks,
+)
+from megadlcm.checkpoint.index import Index, Piece, Range, Shape
+from megadlcm.checkpoint.storage import CheckpointStorage, LocalStorage
+from megadlcm.run_folder import files
+
+SMALL: dict[str, Shape] = {"embedding": (50, 8), "norm": (8,), "head": (8, 50), "threshold": ()}
+KEYS = ["exp_avg", "exp_avg_sq"]
+NOW = "2026-11-28T00:00:00+00:00"
+
+
+def values_of(step: int, name: str, key: str, start: int, stop: int) -> NDArray[np.float32]:
+    """Elements of a tensor, another number for each place, kind and step."""
+    seed = sum(map(ord, name + key)) + 7919 * step
+    places = np.arange(start, stop, dtype=np.uint64)
+    mixed = (places + np.uint64(seed)) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(40)
+    return mixed.astype(np.float32)
+
+
+def make_checkpoint(
+    root: Path,
+    step: int,
+    shapes: dict[str, Shape] = SMALL,
+    num_files: int = 2,
+    num_buffers: int = 1,
+    storage: CheckpointStorage | None = None,
+    **changes: Any,
+) -> Path:
+    """Writes a checkpoint, its tensors one after the other over the files; its folder.
+
+    Args:
+        root: the folder `checkpoints`.
+        step: of the checkpoint.
+        shapes: of its tensors, buffers last.
+        num_files: that they are shared out over.
+        num_buffers: how many of the tensors have no optimizer state.
+        storage: what writes it; None for that of the folder.
+        changes: entries of the manifest.
+    """
+    storage, attempt, name = storage or LocalStorage(root), uuid.uuid4().hex, files.step_name(step)
+    parameters = list(shapes)[: len(shapes) - num_buffers]
+    held = share_out(shapes, num_files)
+    index = Index.of(shapes, len(parameters), held)
+    storage.begin(name, attempt, 0)
+    entries: dict[str, FileEntry] = {}
+    sums: dict[str, list[int]] = {each: [0, 0, 0] for each in shapes}
+
+    def put(file: str, parts: Iterator[Any]) -> None:
+        new = storage.create(name, attempt, file)
+        entries[file] = write_blocks(new, parts)
+        new.finish()
+
+    def contents(number: int, ranges: list[Range]) -> Iterator[Any]:
+        yield rank_file_header(index.array_sizes(number, KEYS))
+        for column, key in enumerate((MASTER, *KEYS)):
+            for part in ranges:
+                if key == MASTER or part.tensor in parameters:
+                    values = values_of(step, part.tensor, key, part.start, part.stop)
+                    sums[part.tensor][column] += fingerprint(values, part, shapes[part.tensor])
+                    yield values.data.cast("B")
+
+    for number, ranges in enumerate(held):
+        put(rank_file_name(number), contents(number, ranges))
+    description = {
+        "train_state": {"step": step, "consumed_samples": 4 * step},
+        "optimizer_step": step,
+        "config": {"name": "made"},
+        "layout": {"world_size": num_files},
+        "versions": {"torch": "0"},
+    }
+    put(INDEX, iter([index.encode()]))
+    put(files.STATE, iter([json.dumps(description).encode()]))
+    values: dict[str, Any] = {
+        "step": step,
+        "run": "made",
+        "attempt": attempt,
+        "written": NOW,
+        "layout": {
+            "world_size": num_files,
+            "tensor_parallel_size": 1,
+            "pipeline_parallel_size": 1,
+            "zero_stage": 1,
+        },
+        "keys": KEYS,
+        "num_elements": sum(len(part) for ranges in held for part in ranges),
+        "rank_files": [rank_file_name(number) for number in range(num_files)],
+        "files": entries,
+        "fingerprints": {
+            each: [f"{value % 2**64:016x}" for value in sums[each]] for each in shapes
+        },
+    }
+    storage.publish(name, attempt, Manifest(**values | changes).encode())
+    return root / name
+
+
+def whole(shape: Shape, name: str) -> Range:
+    """All of a tensor."""
+    piece = Piece((0,) * len(shape), shape)
+    return Range(name, piece, 0, piece.size)
