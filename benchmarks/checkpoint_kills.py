@@ -31,10 +31,11 @@ import yaml
 from benchmarks.measuring import machine
 from data_pipeline.prepare.write_shards import PrepareOptions, prepare
 from data_pipeline.tokenizer import train_tokenizer
-from megadlcm.checkpoint.folder import Checkpoint, candidates, find_damage, open_checkpoint
+from megadlcm.checkpoint.folder import Checkpoint, candidates, open_checkpoint
 from megadlcm.checkpoint.format import INDEX, Manifest, rank_file_header, write_blocks
 from megadlcm.checkpoint.index import Index, Piece, Range
 from megadlcm.checkpoint.storage import LocalStorage
+from megadlcm.checkpoint.verifying import find_damage
 from megadlcm.run_folder import files
 from megadlcm.run_folder.rows import MEASURED_KEYS, read_rows
 
@@ -340,7 +341,7 @@ def _check(root: Path, expected: int) -> int:
     newest = 0
     for name, found in candidates(LocalStorage(root)):
         assert isinstance(found, Checkpoint), f"{name} is damaged after a kill: {found}"
-        problems = [problem for _, problem in find_damage(found) if problem]
+        problems = list(find_damage(found, threads=1))
         assert not problems, f"{name} is damaged after a kill: {problems[0]}"
         newest = max(newest, found.step)
     assert newest >= expected, f"step {expected} was there before the kill, now {newest}"

@@ -34,7 +34,7 @@ from megadlcm.checkpoint.format import (
 )
 from megadlcm.checkpoint.index import Index, Range
 from megadlcm.checkpoint.rank_file import Report, Staging, add_fingerprints, as_text
-from megadlcm.checkpoint.retention import prune
+from megadlcm.checkpoint.retention import Retention
 from megadlcm.checkpoint.slices import Slice, count_elements, own_slices, whole_shapes
 from megadlcm.checkpoint.storage import CheckpointStorage
 from megadlcm.config import RunConfig, config_to_dict
@@ -103,6 +103,7 @@ class Saver:
         staging = self._make_staging() if self.options.asynchronous else None
         rank = engine.mesh.rank
         self._writer = RankWriter(storage, attempt, rank, self._shapes, staging)
+        self._retention = Retention(storage, attempt, self.options)
         engine.fences.append(self.fence)
 
     def _make_staging(self) -> Staging:
@@ -190,6 +191,12 @@ class Saver:
         """Seconds for which training waited for saves since this was asked."""
         waited, self._waited = self._waited, 0.0
         return waited
+
+    def close(self) -> None:
+        """Ends what still runs on this process, which may be because something failed."""
+        if self._save is not None:
+            self._save.flight.is_cancelled = True
+        self._retention.close()
 
     # -- one save ---------------------------------------------------------------------------------
 
@@ -279,8 +286,6 @@ class Saver:
         # a start that was taken for dead publishes nothing in the folder of the next one
         check_owner(Path(self.config.output_dir), self.attempt)
         self.storage.publish(name, self.attempt, manifest.encode())
-        # only after it is there: the newest good one is never the one that goes
-        prune(self.storage, self.attempt, name, self.options.keep)
 
     def _put(self, name: str, file: str, content: bytes) -> FileEntry:
         new = self.storage.create(name, self.attempt, file)
@@ -291,6 +296,9 @@ class Saver:
 
     def _finish(self, save: _Save) -> None:
         self._save, self.num_failures = None, 0
+        # only after it is there: the newest good one is never the one that goes
+        if self.engine.mesh.is_writer:
+            self._retention.after(save.name)
         self.previous_step = save.description["train_state"]["step"]
         seconds = time.monotonic() - save.started
         logger.info("saved checkpoint %s in %.1f s", save.name, seconds)

@@ -194,11 +194,12 @@ def open_trainer(
             logger.warning("%s", problem)
     state = resume(engine, config, storage) or fresh_state(config)
     attempt = attempt or mesh.broadcast_object(uuid.uuid4().hex)
-    saver = Saver(engine, config, storage, attempt, sources.tokenizer.contents)
     # only now: a start that is refused must not touch the run that is there
     if mesh.is_writer:
         prepare_run_folder(config)
     with contextlib.ExitStack() as stack:
+        saver = Saver(engine, config, storage, attempt, sources.tokenizer.contents)
+        stack.callback(saver.close)
         loader = open_loader(config, mesh, state)
         stack.callback(loader.close)
         metrics = None

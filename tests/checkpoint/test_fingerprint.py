@@ -9,7 +9,7 @@ import pytest
 
 from megadlcm.checkpoint.fingerprint import fingerprint
 from megadlcm.checkpoint.index import Piece, Range
-from tests.checkpoint.test_index import cut, elements, ranges
+from tests.support.cuts import cut, elements, ranges
 
 
 def whole_of(values: np.ndarray) -> int:

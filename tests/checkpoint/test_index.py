@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 
@@ -13,36 +12,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import InputError
 from megadlcm.checkpoint.index import Index, Piece, Range, boxes, scatter
-
-
-def cut(shape: tuple[int, ...], dimension: int | None, count: int) -> list[Piece]:
-    """Pieces of a tensor that `count` processes share along a dimension."""
-    if dimension is None:
-        return [Piece((0,) * len(shape), shape)]
-    size = -(-shape[dimension] // count)
-    pieces = []
-    for start in range(0, shape[dimension], size):
-        extent = min(size, shape[dimension] - start)
-        offset, part = [0] * len(shape), list(shape)
-        offset[dimension], part[dimension] = start, extent
-        pieces.append(Piece(tuple(offset), tuple(part)))
-    return pieces
-
-
-def ranges(piece: Piece, count: int, random_cuts: random.Random) -> list[Range]:
-    """A piece cut at any places."""
-    places = sorted(random_cuts.randrange(piece.size + 1) for _ in range(count - 1))
-    edges = [0, *places, piece.size]
-    cuts = [Range("w", piece, *pair) for pair in itertools.pairwise(edges)]
-    return [each for each in cuts if len(each)]
-
-
-def elements(whole: np.ndarray, part: Range) -> np.ndarray:
-    """The elements of a slice, as numpy takes them."""
-    piece = part.piece
-    box = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.shape, strict=True))
-    return whole[box].reshape(-1)[part.start : part.stop]
-
+from tests.support.cuts import cut, elements, ranges
 
 SHAPES = st.lists(st.integers(1, 7), min_size=0, max_size=3).map(tuple)
 
@@ -69,7 +39,10 @@ def test_any_slice_is_found_in_any_other_cut(
     ]
     draw.shuffle(stored)
     files = [stored[: len(stored) // 2], stored[len(stored) // 2 :]]
-    contents = [np.concatenate([elements(whole, part) for part in file] or [[]]) for file in files]
+    contents = [
+        np.concatenate([np.empty(0, np.float32), *(elements(whole, part) for part in file)])
+        for file in files
+    ]
     index = Index.decode(Index.of({"w": shape}, 1, files).encode())
     for piece in cut(shape, draw.choice(dimensions), other_parts):
         for wanted in ranges(piece, other_cuts, draw):

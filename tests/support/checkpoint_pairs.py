@@ -13,9 +13,9 @@ from megadlcm.checkpoint.format import MASTER
 from megadlcm.checkpoint.load import load
 from megadlcm.checkpoint.slices import own_slices, piece_of
 from megadlcm.config import RunConfig
-from megadlcm.engine import masters
 from megadlcm.engine.engine import TrainingEngine
 from megadlcm.engine.state import TrainState
+from tests.support import gathering
 from tests.support.layouts import no_parameter_is_too_small_to_be_partitioned, run_steps
 from tests.support.saving import save_checkpoint
 from tests.support.tiny_runs import tiny_engine
@@ -102,4 +102,4 @@ def find_unequal(engine: TrainingEngine, saved: dict[str, Tensor]) -> Iterator[s
 
 def whole(engine: TrainingEngine) -> dict[str, Tensor]:
     """Parameters, buffers and optimizer state, gathered on rank 0."""
-    return masters.read_model(engine) | masters.read_optimizer(engine)
+    return gathering.read_model(engine) | gathering.read_optimizer(engine)

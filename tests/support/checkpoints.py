@@ -39,7 +39,7 @@ def problems(run_folder: str | Path) -> dict[int, str]:
     storage = storage_of(run_folder)
     verdicts = [verify(storage, name) for name in storage.names()]
     assert not any(verdict.is_gone for verdict in verdicts)
-    return {step_of(verdict.name): verdict.problem for verdict in verdicts}
+    return {step_of(verdict.name) or 0: verdict.problem for verdict in verdicts}
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:

@@ -16,4 +16,8 @@ def save_checkpoint(engine: TrainingEngine, config: RunConfig, state: TrainState
     """Commits a checkpoint of the step just completed, as a start of its own; its folder."""
     storage = storage_of(config.output_dir)
     attempt = engine.mesh.broadcast_object(uuid.uuid4().hex)
-    return storage.root / Saver(engine, config, storage, attempt).save(state)
+    saver = Saver(engine, config, storage, attempt)
+    folder = storage.root / saver.save(state)
+    saver.close()
+    engine.fences.remove(saver.fence)
+    return folder
