@@ -57,7 +57,8 @@ def test_a_save_on_a_full_disk_leaves_the_newest_checkpoint(
 ) -> None:
     """Step 2 fits, step 4 does not; with room the same start goes on."""
     folder = disk / "run"
-    config = tiny_run(corpus, folder, logging={"tensorboard": False})
+    sections = {"logging": {"tensorboard": False}, "checkpoint": {"max_failures": 1}}
+    config = tiny_run(corpus, folder, **sections)
     filler = fill(disk, 600_000)
     line = run_fails(config)
     needed = r"\(No space left on device\); 3\d\d,\d+ bytes needed"
@@ -77,7 +78,11 @@ def test_a_save_on_a_full_disk_leaves_the_newest_checkpoint(
 def test_of_two_processes_the_one_that_does_not_save_names_the_one_that_does(
     corpus: Path, disk: Path
 ) -> None:
-    sections = {"logging": {"tensorboard": False}, "parallel": {"collective_timeout_seconds": 5}}
+    sections = {
+        "logging": {"tensorboard": False},
+        "parallel": {"collective_timeout_seconds": 5},
+        "checkpoint": {"max_failures": 1},
+    }
     file = write_run_file(disk / "run.yaml", corpus, disk / "run", **sections)
     fill(disk, 200_000)
     port = free_port()
@@ -109,7 +114,7 @@ def test_a_start_on_a_full_disk(corpus: Path, disk: Path, run_fails: RunFails) -
 def test_files_that_grow_too_large_for_the_process(
     make_run: MakeRun, run_fails: RunFails, limit: int, refused: str
 ) -> None:
-    config = make_run(logging={"tensorboard": False})
+    config = make_run(logging={"tensorboard": False}, checkpoint={"max_failures": 1})
     folder = Path(config.output_dir)
     # a log this long would come first
     folder.mkdir()
