@@ -1,4 +1,4 @@
-"""`megadlcm checkpoint list | verify | inspect` on a real run, whole and damaged."""
+"""`megadlcm checkpoint ...` on a real run, whole, damaged and converted."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from data_pipeline.errors import InputError
 from megadlcm.commands.main import main
 from megadlcm.training.checkpoint import load_model
-from tests.support.train_processes import newest_checkpoint, write_run_file
+from tests.support.checkpoints import load_tensors, newest_folder
+from tests.support.damage import flip_bit
+from tests.support.train_processes import write_run_file
 
 Refused = Callable[..., str]  # function(*words) -> the line that `megadlcm WORDS` says
 
@@ -30,106 +35,74 @@ def run_folder(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-def damage(checkpoint: Path, file: str = "model.safetensors") -> None:
-    """Changes a bit in the last tensor of a checkpoint."""
-    contents = bytearray((checkpoint / file).read_bytes())
-    contents[-1] ^= 1
-    (checkpoint / file).write_bytes(contents)
-
-
-def test_list_shows_every_checkpoint_newest_first(
+def test_a_real_run_is_listed_verified_and_inspected(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["checkpoint", "list", str(finished)]) == 0
-    header, *lines = capsys.readouterr().out.splitlines()
-    assert header.split() == ["step", "size", "folder"]
+    _, *lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["6", "4", "2"]
-    assert ["(latest)" in line for line in lines] == [True, False, False]
-    assert all(" MB " in line and "/step_000000000" in line for line in lines)
-
-
-def test_list_of_a_run_that_saved_nothing_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "checkpoints").mkdir()
-    assert main(["checkpoint", "list", str(tmp_path)]) == 0
-    assert "holds no checkpoint yet" in capsys.readouterr().out
-
-
-def test_verify_approves_a_whole_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert all("tp1 pp1 dp1 zero1" in line and "complete" in line for line in lines)
+    assert ["newest" in line for line in lines] == [True, False, False]
     assert main(["checkpoint", "verify", str(finished)]) == 0
     printed = capsys.readouterr()
     assert [line.split()[0] for line in printed.out.splitlines()] == ["ok"] * 3
-    assert printed.err == ""
-
-
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
-def test_verify_names_the_damaged_file_in_one_line_and_exits_with_2(
-    run_folder: Path, capsys: pytest.CaptureFixture[str], file: str
-) -> None:
-    checkpoint = run_folder / "checkpoints" / "step_0000000004"
-    damage(checkpoint, file)
-    assert main(["checkpoint", "verify", str(run_folder)]) == 2
-    printed = capsys.readouterr()
-    lines = printed.out.splitlines()
-    assert [line.split()[0] for line in lines] == ["ok", "DAMAGED", "ok"]
-    assert str(checkpoint) in lines[1] and file in lines[1] and "SHA-256" in lines[1]
-    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
-    assert f"{run_folder / 'checkpoints'}: 1 of 3 checkpoints damaged" in printed.err
-
-
-def test_verify_names_a_checkpoint_whose_file_is_gone(
-    run_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (newest_checkpoint(run_folder) / "optimizer.safetensors").unlink()
-    assert main(["checkpoint", "verify", str(run_folder)]) == 2
-    assert "optimizer.safetensors is missing" in capsys.readouterr().out.splitlines()[0]
-
-
-def test_inspect_shows_counters_layout_versions_and_every_tensor(
-    finished: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
     assert main(["checkpoint", "inspect", str(finished)]) == 0
     text = capsys.readouterr().out
-    assert text.startswith(f"{newest_checkpoint(finished)}\n")
+    assert text.startswith(f"{newest_folder(finished)}\n")
     for part in ("step=6, consumed_samples=24", "world_size=1, zero_stage=1", "torch="):
         assert part in text
     tensors = load_model(finished).state_dict()
     _, _, rows = text.partition("\ntensor ")
-    shown = {line.split()[0] for line in rows.splitlines() if line.endswith("]")}
+    shown = {line.split()[0] for line in rows.splitlines()[1:-1]}
     assert shown == set(tensors)
     values = sum(tensor.numel() for tensor in tensors.values())
     assert f"{len(tensors)} tensors, {values:,} values" in text
 
 
-def test_inspect_takes_the_newest_good_one_and_says_what_it_passed_over(
-    run_folder: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+def test_a_damaged_block_of_a_real_run_is_named(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], refused: Refused
 ) -> None:
-    damage(run_folder / "checkpoints" / "step_0000000006")
-    assert main(["checkpoint", "inspect", str(run_folder)]) == 0
-    assert "step=4," in capsys.readouterr().out
-    assert "passed over damaged checkpoint" in caplog.text and "step_0000000006" in caplog.text
+    checkpoint = run_folder / "checkpoints" / "step_0000000004"
+    flip_bit(checkpoint / "rank_00000.safetensors")
+    assert main(["checkpoint", "verify", str(run_folder)]) == 2
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert [line.split()[0] for line in lines] == ["ok", "DAMAGED", "ok"]
+    assert str(checkpoint) in lines[1] and "rank_00000.safetensors: block 0" in lines[1]
+    assert f"{run_folder / 'checkpoints'}: 1 of 3 checkpoints damaged" in printed.err
+    with pytest.raises(InputError, match=r"rank_00000.safetensors: block 0 .*; name another one"):
+        load_model(checkpoint)
 
 
-def test_inspect_of_one_checkpoint_shows_that_one(
-    finished: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("options", [["--files", "3"], ["--consolidated", "--optimizer"]])
+def test_a_run_goes_on_from_a_converted_checkpoint(
+    run_folder: Path, tmp_path: Path, options: list[str]
 ) -> None:
-    assert main(["checkpoint", "inspect", str(finished / "checkpoints/step_0000000002")]) == 0
-    assert "step=2," in capsys.readouterr().out
+    """As from its own: every value is the same bit for bit, two steps later too."""
+    six = run_folder / "checkpoints" / "step_0000000006"
+    expected = load_tensors(six)
+    shutil.rmtree(six)
+    four = run_folder / "checkpoints" / "step_0000000004"
+    four.rename(tmp_path / "kept")
+    assert main(["checkpoint", "convert", str(tmp_path / "kept"), str(four), *options]) == 0
+    file = run_folder / "config.yaml"
+    assert main(["train", str(file), f"output_dir={run_folder}"]) == 0
+    log = (run_folder / "logs" / "rank_0000.log").read_text()
+    assert "resumed from " in log and "step_0000000004 (step 4" in log
+    model, optimizer, description = load_tensors(six)
+    for found, wanted in ((model, expected[0]), (optimizer, expected[1])):
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in found)
+    assert description["train_state"]["restart_count"] == 1
 
 
-def test_a_checkpoint_that_cannot_be_read_is_one_line(run_folder: Path, refused: Refused) -> None:
-    newest = newest_checkpoint(run_folder)
-    damage(newest)
-    line = refused("checkpoint", "inspect", newest)
-    assert f"checkpoint {newest}: model.safetensors" in line and "name another" in line
-    (newest / "manifest.json").write_text("{")
-    assert "manifest.json cannot be read" in refused("checkpoint", "inspect", newest)
-    for step in (2, 4):
-        damage(run_folder / "checkpoints" / f"step_000000000{step}", "state.json")
-    line = refused("checkpoint", "inspect", run_folder)
-    assert "holds no complete checkpoint" in line and "name a run that saved one" in line
-    assert "manifest.json" in line and "state.json" in line
+def test_the_model_of_a_consolidated_checkpoint(finished: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    assert main(["checkpoint", "convert", str(finished), str(whole), "--consolidated"]) == 0
+    expected = load_model(finished).state_dict()
+    for tensors in (load_model(whole).state_dict(), load_file(whole / "model.safetensors")):
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[name], value) for name, value in expected.items())
 
 
 def test_a_folder_that_is_no_run_is_one_line(
@@ -138,8 +111,20 @@ def test_a_folder_that_is_no_run_is_one_line(
     for command in ("list", "verify"):
         line = refused("checkpoint", command, corpus)
         assert f"{corpus} has no folder 'checkpoints'" in line and "output_dir of a run" in line
-    assert "was never committed" in refused("checkpoint", "inspect", corpus)
+    assert "manifest.json is missing" in refused("checkpoint", "inspect", corpus)
     assert "is not a folder" in refused("checkpoint", "inspect", tmp_path / "absent")
     (tmp_path / "checkpoints").mkdir()
     assert "holds no checkpoint" in refused("checkpoint", "verify", tmp_path)
     assert "holds no complete checkpoint" in refused("checkpoint", "inspect", tmp_path)
+
+
+def test_a_start_that_can_load_none_of_its_checkpoints_does_not_begin_anew(
+    run_folder: Path, refused: Refused
+) -> None:
+    for step in (2, 4, 6):
+        flip_bit(run_folder / "checkpoints" / f"step_{step:010d}" / "rank_00000.safetensors")
+    before = (run_folder / "metrics.jsonl").read_bytes()
+    line = refused("train", run_folder / "config.yaml", f"output_dir={run_folder}")
+    assert "it has checkpoints, and none can be loaded (step_0000000006: rank 0: rank_" in line
+    assert "remove its folder checkpoints to start from scratch" in line
+    assert (run_folder / "metrics.jsonl").read_bytes() == before

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,60 +60,76 @@ def make_checkpoint(
         storage: what writes it; None for that of the folder.
         changes: entries of the manifest.
     """
-    storage, attempt, name = storage or LocalStorage(root), uuid.uuid4().hex, files.step_name(step)
-    parameters = list(shapes)[: len(shapes) - num_buffers]
+    storage, name = storage or LocalStorage(root), files.step_name(step)
+    maker = _Maker(storage, step, shapes, list(shapes)[: len(shapes) - num_buffers])
+    storage.begin(name, maker.attempt, 0)
     held = share_out(shapes, num_files)
-    index = Index.of(shapes, len(parameters), held)
-    storage.begin(name, attempt, 0)
-    entries: dict[str, FileEntry] = {}
-    sums: dict[str, list[int]] = {each: [0, 0, 0] for each in shapes}
-
-    def put(file: str, parts: Iterator[Any]) -> None:
-        new = storage.create(name, attempt, file)
-        entries[file] = write_blocks(new, parts)
-        new.finish()
-
-    def contents(number: int, ranges: list[Range]) -> Iterator[Any]:
-        yield rank_file_header(index.array_sizes(number, KEYS))
-        for column, key in enumerate((MASTER, *KEYS)):
-            for part in ranges:
-                if key == MASTER or part.tensor in parameters:
-                    values = values_of(step, part.tensor, key, part.start, part.stop)
-                    sums[part.tensor][column] += fingerprint(values, part, shapes[part.tensor])
-                    yield values.data.cast("B")
-
+    index = Index.of(shapes, len(maker.parameters), held)
     for number, ranges in enumerate(held):
-        put(rank_file_name(number), contents(number, ranges))
-    description = {
+        header = rank_file_header(index.array_sizes(number, KEYS))
+        maker.put(rank_file_name(number), maker.contents(header, ranges))
+    maker.put(INDEX, [index.encode()])
+    maker.put(files.STATE, [json.dumps(_description(step, num_files)).encode()])
+    fingerprints = {
+        each: [f"{value % 2**64:016x}" for value in sums] for each, sums in maker.sums.items()
+    }
+    manifest = Manifest(
+        step=step,
+        run="made",
+        attempt=maker.attempt,
+        written=NOW,
+        layout=_layout(num_files),
+        keys=KEYS,
+        num_elements=sum(len(part) for ranges in held for part in ranges),
+        rank_files=[rank_file_name(number) for number in range(num_files)],
+        files=maker.entries,
+        fingerprints=fingerprints,
+    )
+    storage.publish(name, maker.attempt, replace(manifest, **changes).encode())
+    return root / name
+
+
+def _layout(num_files: int) -> dict[str, int]:
+    sizes = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "zero_stage": 1}
+    return {"world_size": num_files} | sizes
+
+
+def _description(step: int, num_files: int) -> dict[str, Any]:
+    return {
         "train_state": {"step": step, "consumed_samples": 4 * step},
         "optimizer_step": step,
         "config": {"name": "made"},
-        "layout": {"world_size": num_files},
+        "layout": _layout(num_files),
         "versions": {"torch": "0"},
     }
-    put(INDEX, iter([index.encode()]))
-    put(files.STATE, iter([json.dumps(description).encode()]))
-    values: dict[str, Any] = {
-        "step": step,
-        "run": "made",
-        "attempt": attempt,
-        "written": NOW,
-        "layout": {
-            "world_size": num_files,
-            "tensor_parallel_size": 1,
-            "pipeline_parallel_size": 1,
-            "zero_stage": 1,
-        },
-        "keys": KEYS,
-        "num_elements": sum(len(part) for ranges in held for part in ranges),
-        "rank_files": [rank_file_name(number) for number in range(num_files)],
-        "files": entries,
-        "fingerprints": {
-            each: [f"{value % 2**64:016x}" for value in sums[each]] for each in shapes
-        },
-    }
-    storage.publish(name, attempt, Manifest(**values | changes).encode())
-    return root / name
+
+
+@dataclass
+class _Maker:
+    storage: CheckpointStorage
+    step: int
+    shapes: dict[str, Shape]
+    parameters: list[str]
+
+    def __post_init__(self) -> None:
+        self.attempt = uuid.uuid4().hex
+        self.entries: dict[str, FileEntry] = {}
+        self.sums: dict[str, list[int]] = {each: [0, 0, 0] for each in self.shapes}
+
+    def put(self, file: str, parts: Iterable[Any]) -> None:
+        new = self.storage.create(files.step_name(self.step), self.attempt, file)
+        self.entries[file] = write_blocks(new, parts)
+        new.finish()
+
+    def contents(self, header: bytes, ranges: list[Range]) -> Iterator[Any]:
+        yield header
+        for column, key in enumerate((MASTER, *KEYS)):
+            for part in ranges:
+                if key == MASTER or part.tensor in self.parameters:
+                    values = values_of(self.step, part.tensor, key, part.start, part.stop)
+                    own = fingerprint(values, part, self.shapes[part.tensor])
+                    self.sums[part.tensor][column] += own
+                    yield values.data.cast("B")
 
 
 def whole(shape: Shape, name: str) -> Range:

@@ -75,9 +75,7 @@ def test_a_save_on_a_full_disk_leaves_the_newest_checkpoint(
 
 
 @pytest.mark.slow
-def test_of_two_processes_the_one_that_does_not_save_names_the_one_that_does(
-    corpus: Path, disk: Path
-) -> None:
+def test_of_two_processes_both_say_why_nothing_was_saved(corpus: Path, disk: Path) -> None:
     sections = {
         "logging": {"tensorboard": False},
         "parallel": {"collective_timeout_seconds": 5},
@@ -92,7 +90,6 @@ def test_of_two_processes_the_one_that_does_not_save_names_the_one_that_does(
     assert [line.count("\n") for line in lines] == [1, 1], lines
     for line in lines:
         assert "step_0000000002" in line and "cannot be written (No space left on device)" in line
-    assert "rank 0" in lines[1] and "failed" in lines[1]
     assert checkpoint_names(disk / "run") == []
 
 
@@ -105,14 +102,14 @@ def test_a_start_on_a_full_disk(corpus: Path, disk: Path, run_fails: RunFails) -
 
 
 @pytest.mark.parametrize(
-    ("limit", "refused"),
+    ("limit", "refused", "needed"),
     [
-        pytest.param(20_000, r"checkpoints/step_0000000002\S*", id="save"),
-        pytest.param(1_300, "metrics.jsonl", id="metrics"),
+        pytest.param(20_000, r"checkpoints/step_0000000002\S*", "", id="save"),
+        pytest.param(1_300, "metrics.jsonl", r"[\d,]+ bytes needed, ", id="metrics"),
     ],
 )
 def test_files_that_grow_too_large_for_the_process(
-    make_run: MakeRun, run_fails: RunFails, limit: int, refused: str
+    make_run: MakeRun, run_fails: RunFails, limit: int, refused: str, needed: str
 ) -> None:
     config = make_run(logging={"tensorboard": False}, checkpoint={"max_failures": 1})
     folder = Path(config.output_dir)
@@ -122,8 +119,9 @@ def test_files_that_grow_too_large_for_the_process(
         patch.setattr(logs._LogFile, "emit", lambda *_: None)
         patch.setattr("megadlcm.run_folder.start.dump_config", lambda _: "")
         line = run_fails(config)
-    assert re.search(rf"{folder}/{refused}: cannot be written \(File too large\); ", line)
-    assert re.search(rf"bytes needed, {FREE}{folder}", line)
+    assert re.search(
+        rf"{folder}/{refused}: cannot be written \(File too large\); {needed}{FREE}{folder}", line
+    )
 
 
 def test_a_log_that_cannot_be_written_ends_the_run(make_run: MakeRun, run_fails: RunFails) -> None:
