@@ -58,7 +58,7 @@ def read_all(checkpoint: Checkpoint) -> None:
 
 def first_that_reads(root: Path) -> tuple[int, list[str]]:
     """The step that a start takes, and why it passes over others."""
-    said = []
+    said: list[str] = []
     for _, each in candidates(LocalStorage(root)):
         try:
             if isinstance(each, InputError):
