@@ -26,8 +26,26 @@ def add_parser(commands: Any) -> None:
     summary = "what a run costs: parameters, compute, memory, time; exit 2 if it cannot work"
     parser = add_command(commands, "plan", summary, _EXAMPLE)
     parser.set_defaults(run=_run)
-    # everything the plan cannot know from the config: machines, and how fast they are
     add_config_arguments(parser)
+    _add_hardware(parser)
+    parser.add_argument(
+        "--layouts",
+        type=integer(1),
+        nargs="?",
+        const=20,
+        metavar="N",
+        help="rank the layouts that fit, whatever the config's own is; print N (default: 20)",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="build every process's part with torch, without memory, and compare; slower",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON with bytes and seconds")
+
+
+def _add_hardware(parser: argparse.ArgumentParser) -> None:
+    # everything the plan cannot know from the config: machines, and how fast they are
     parser.add_argument("--nodes", type=integer(1), default=1, metavar="N", help="default: 1")
     parser.add_argument(
         "--gpus-per-node", type=integer(1), default=1, metavar="G", help="default: 1"
@@ -68,20 +86,6 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--device-memory", type=positive, metavar="GIB", help="refuse a run that needs more"
     )
-    parser.add_argument(
-        "--layouts",
-        type=integer(1),
-        nargs="?",
-        const=20,
-        metavar="N",
-        help="rank the layouts that fit, whatever the config's own is; print N (default: 20)",
-    )
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="build every process's part with torch, without memory, and compare; slower",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON with bytes and seconds")
 
 
 def _run(arguments: argparse.Namespace) -> int:

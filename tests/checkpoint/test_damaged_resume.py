@@ -1,4 +1,4 @@
-"""A start names what is damaged, takes the next older checkpoint, and never begins anew silently."""
+"""A start names what is damaged, takes the next older one, and never begins anew silently."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def three_steps(
     return folder / "checkpoints", lambda other: tiny_run(corpus, other)
 
 
-def swap_arrays(folder: Path) -> None:
-    """Masters and moments change places: each is a whole number of blocks' worth of good bytes."""
+def swap_values(folder: Path) -> None:
+    """Values change places within the file."""
     path = folder / RANK_FILE
     content = path.read_bytes()
     path.write_bytes(content[:4096] + content[-4096:] + content[8192:-4096] + content[4096:8192])
@@ -57,7 +57,7 @@ def renumbered(folder: Path) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped": (lambda folder: flip_bit(folder / RANK_FILE), f"{RANK_FILE}: block 0"),
-    "swapped": (swap_arrays, f"{RANK_FILE}: block 0"),
+    "swapped": (swap_values, f"{RANK_FILE}: block 0"),
     "of another step": (
         lambda folder: shutil.copy(folder.with_name("step_0000000002") / RANK_FILE, folder),
         f"{RANK_FILE}: block 0",
@@ -110,7 +110,7 @@ def test_without_any_that_can_be_loaded_nothing_begins_from_scratch(
     flip_bit(copy / "step_0000000001" / RANK_FILE)
     (copy / "step_0000000002" / files.MANIFEST).write_text("{")
     shutil.rmtree(copy / "step_0000000003")
-    (copy / "step_0000000003").symlink_to("/mnt/that/is/gone")
+    (copy / "step_0000000003").symlink_to("nowhere")
     with pytest.raises(InputError) as refused:
         resume(tiny_engine(config), config)
     line = str(refused.value)
