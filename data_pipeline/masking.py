@@ -22,6 +22,9 @@ _SECRET_ENDINGS = (
     *("credential", "credentials", "apikey", "accesskey", "secretkey", "privatekey", "accountkey"),
 )
 
+_LEAST_SECRET = 4
+"""Letters: a shorter one would be found in every word."""
+
 
 def masked(text: str) -> str:
     """Returns a text in which no URL shows a password, or a parameter's token.
@@ -33,6 +36,19 @@ def masked(text: str) -> str:
     text = _PASSWORD.sub(rf"\1:{MASK}@", text)
     text = _WEB_USER.sub(rf"\g<1>{MASK}@", text)
     return _PARAMETER.sub(_masked_parameter, text)
+
+
+def masked_in(text: str, url: str) -> str:
+    """Also masks the secrets of a URL where they stand alone: libraries take URLs apart."""
+    text = masked(text)
+    secrets = [found[0][len(found[1]) :].strip(":@") for found in _PASSWORD.finditer(url)]
+    secrets += [
+        found[3] for found in _PARAMETER.finditer(url) if _masked_parameter(found) != found[0]
+    ]
+    for secret in secrets:
+        if len(secret) >= _LEAST_SECRET:
+            text = text.replace(secret, MASK)
+    return text
 
 
 def _masked_parameter(found: re.Match[str]) -> str:

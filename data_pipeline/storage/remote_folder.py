@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, TypeVar
-
-import fsspec
-from fsspec.core import get_filesystem_class, split_protocol, url_to_fs
 
 from data_pipeline.errors import InputError, StorageError
 from data_pipeline.masking import masked
 from data_pipeline.small_file import check_size, most_bytes
 from data_pipeline.storage.cache import ShardCache
+from data_pipeline.storage.connection import Connection
 from data_pipeline.storage.interface import StorageOptions, StoredFile
 from data_pipeline.storage.listing import MOST_LISTING_BYTES, linked_names
 from data_pipeline.storage.patience import (
     LEAST_BYTES,
-    PATIENCE_SECONDS,
     GaveUpError,
     Pace,
     within_patience,
@@ -29,8 +26,6 @@ Result = TypeVar("Result")
 CHUNK_BYTES = 8 * 2**20
 LISTING_BYTES = 10 * LEAST_BYTES
 """What the listing of a store counts as where its pages are not seen."""
-_NOT_FOUND = (404, 410)
-_DENIED = (401, 403)
 
 
 class RemoteFolder:
@@ -42,12 +37,9 @@ class RemoteFolder:
         Raises:
             InputError: fsspec does not know the protocol, or lacks a package for it.
         """
-        # A bare protocol is a root of its own; its slashes are no trailing ones.
-        self._url = url if url.endswith("://") else url.rstrip("/")
-        self._options = options
-        protocols = _known_protocols(url)
-        self._is_web = protocols[0] in ("http", "https")
-        self._settings = _web_settings() if self._is_web else {}
+        self._connection = Connection(url)
+        self._url, self._options = self._connection.url, options
+        self._is_web = self._connection.is_web
         self._cache: ShardCache | None = None
         if options.cache_dir:
             # copies stay good under another password
@@ -62,7 +54,7 @@ class RemoteFolder:
         return self._url
 
     def path(self, name: str) -> str:
-        return f"{self._url}/{name}"
+        return self._connection.path(name)
 
     def exists(self) -> bool:
         """Whether the store knows of the folder; many know only of files in it."""
@@ -133,16 +125,15 @@ class RemoteFolder:
 
     def _retried(self, name: str, read: Callable[[Any, str], Result]) -> Result:
         def attempt() -> Result:
-            with self._connected(name) as (system, path):
+            with self._connection.to(name) as (system, path):
                 return read(system, path)
 
-        path = self.path(name) if name else self._url
-        return with_retries(attempt, path, self._options, transient=(Exception,))
+        return with_retries(attempt, self.path(name), self._options, transient=(Exception,))
 
     def _chunks(self, name: str, size: int) -> Generator[bytes]:
         """Yields the bytes of a file; fails where fewer arrive than the store has."""
         arrived = 0
-        with self._connected(name) as (system, path):
+        with self._connection.to(name) as (system, path):
             with contextlib.closing(self._stream(system, path)) as stream:
                 for chunk in stream:
                     arrived += len(chunk)
@@ -183,63 +174,6 @@ class RemoteFolder:
                 stack.pop_all()  # to close it would wait for the read
                 raise
 
-    @contextlib.contextmanager
-    def _connected(self, name: str) -> Iterator[tuple[Any, str]]:
-        """Yields the file system and the path there of a file, with one meaning per exception."""
-        # fsspec keeps one instance per process, and per thread where it is not safe for several.
-        system = None
-        try:
-            system, folder = url_to_fs(self._url, use_listings_cache=False, **self._settings)
-            # A listing kept from before would hide a file that has just come.
-            system.invalidate_cache()
-            yield system, f"{folder.rstrip('/')}/{name}" if name else folder
-        except Exception as error:
-            meaning = _meaning(error)
-            if meaning is not FileNotFoundError and system is not None:
-                system.clear_instance_cache()  # the next attempt connects anew
-            path = self.path(name) if name else self._url
-            # A server that does not answer, told as a missing file: as such it would never be tried
-            # again.
-            if meaning is None and isinstance(error, FileNotFoundError):
-                cause = error.__cause__
-                raise OSError(f"{type(cause).__name__}: {cause}") from error
-            if meaning is None or isinstance(error, meaning):
-                raise
-            raise meaning(path) from error
-
-
-def _known_protocols(url: str) -> list[str]:
-    """Returns the protocols of a URL, of which several may be chained by "::".
-
-    Raises:
-        InputError: fsspec does not know one of them, or lacks a package for it.
-    """
-    protocols = [split_protocol(part)[0] or part for part in url.split("::")]
-    for protocol in protocols:
-        try:
-            get_filesystem_class(protocol)
-        except ValueError as error:
-            raise InputError(
-                f"{url}: fsspec {fsspec.__version__} knows no {protocol}:// URLs; name a folder, "
-                "or a URL such as s3://BUCKET/FOLDER"
-            ) from error
-        except ImportError as error:
-            raise InputError(
-                f"{url}: a package for {protocol}:// URLs is missing ({error}: "
-                f"{error.__cause__}); run `pip install 'megadlcm[remote]'`, or install that package"
-            ) from error
-    return protocols
-
-
-def _web_settings() -> dict[str, Any]:
-    """Returns settings by which a slow download may take its time, and a silent one ends."""
-    from aiohttp import ClientTimeout  # fsspec has just imported it
-
-    # By itself aiohttp ends every download after five minutes, however well it goes on.
-    timeout = ClientTimeout(total=None, sock_connect=PATIENCE_SECONDS, sock_read=PATIENCE_SECONDS)
-    # trusted: passwords come from ~/.netrc, and proxies from the environment
-    return {"client_kwargs": {"timeout": timeout, "trust_env": True}}
-
 
 def _size(system: Any, path: str) -> int | None:
     size: int | None = within_patience(lambda: system.info(path)["size"])
@@ -256,38 +190,3 @@ def _listed(system: Any, path: str) -> list[str]:
 def _check_arrived(arrived: int, stored: int | None) -> None:
     if stored is not None and arrived != stored:
         raise OSError(f"{arrived} of {stored} bytes arrived")
-
-
-def _meaning(error: BaseException) -> type[OSError] | None:
-    """Returns what a store says by an exception; None: it has failed and may work later.
-
-    File systems differ: some raise errors of their own that bear a status of HTTP, and fsspec's
-    own for the web calls a file missing whenever its server does not answer.
-    """
-    for kind in (PermissionError, IsADirectoryError, NotADirectoryError):
-        if isinstance(error, kind):
-            return kind
-    if isinstance(error, FileNotFoundError):
-        cause = error.__cause__
-        return (
-            FileNotFoundError
-            if cause is None or isinstance(cause, LookupError)
-            else _meaning(cause)
-        )
-    status = _status(error)
-    if status in _NOT_FOUND:
-        return FileNotFoundError
-    return PermissionError if status in _DENIED else None
-
-
-def _status(error: BaseException) -> object:
-    """Returns the status of HTTP that an exception bears, if any."""
-    response = getattr(error, "response", None)
-    if isinstance(response, dict):
-        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    # Each library bears it under another name, on the exception or on its response.
-    for bearer in (error, response):
-        for name in ("status", "status_code", "code"):
-            if isinstance(status := getattr(bearer, name, None), int):
-                return status
-    return None

@@ -6,7 +6,7 @@ import pytest
 
 from data_pipeline.config import SourceConfig
 from data_pipeline.errors import DamagedDataError, InputError, StorageError
-from data_pipeline.masking import masked, masked_values
+from data_pipeline.masking import masked, masked_in, masked_values
 
 
 @pytest.mark.parametrize(
@@ -70,6 +70,22 @@ def test_a_secret_is_masked_and_stays_masked(text: str, shown: str) -> None:
 )
 def test_what_is_no_secret_stays(text: str) -> None:
     assert masked(text) == text
+
+
+@pytest.mark.parametrize(
+    ("url", "text", "shown"),
+    [
+        ("s3://me:hunter2@bucket/a", "Invalid bucket name me:hunter2@bucket", "name me:***@bucket"),
+        ("s3://b/a?token=hunter2", "GET /b/a?n=1 of hunter2", "of ***"),
+        ("s3://b/a?n=3000", "3000 bytes", "3000 bytes"),
+        ("s3://me:abc@bucket/a", "abc of alphabets", "abc of alphabets"),
+    ],
+)
+def test_a_secret_is_masked_where_it_stands_without_its_url(
+    url: str, text: str, shown: str
+) -> None:
+    assert masked_in(text, url).endswith(shown)
+    assert masked_in(f"{url}: no", url) == masked(f"{url}: no")
 
 
 def test_errors_and_plain_data_are_masked() -> None:
