@@ -28,6 +28,8 @@ from megadlcm.checkpoint.storage import (
     LocalStorage,
     read_whole,
 )
+from megadlcm.config import RunConfig
+from megadlcm.config.yaml_text import read_yaml
 from megadlcm.run_folder import files
 
 logger = logging.getLogger(__name__)
@@ -64,9 +66,45 @@ class Checkpoint:
         return self.name
 
 
-def storage_of(run_folder: str | Path) -> LocalStorage:
-    """Where the checkpoints of a run lie."""
-    return LocalStorage(Path(run_folder) / files.CHECKPOINTS)
+def storage_of(run: RunConfig | str | Path) -> CheckpointStorage:
+    """Where the checkpoints of a run lie.
+
+    Args:
+        run: its config; its run folder, whose config.yaml says where; or the URL itself.
+
+    Raises:
+        InputError: checkpoint.folder is a URL to which nothing can be written.
+    """
+    if isinstance(run, RunConfig):
+        folder, place = Path(run.output_dir), run.checkpoint.folder
+    elif is_url(run):
+        return storage_at(str(run))
+    else:
+        folder, place = Path(run), saved_place(Path(run))
+    return LocalStorage(folder / files.CHECKPOINTS) if place is None else storage_at(place)
+
+
+def saved_place(run_folder: Path) -> str | None:
+    """The `checkpoint.folder` of the last start of a run; None for its default."""
+    path = run_folder / files.CONFIG
+    section = read_yaml(path).get("checkpoint") if path.is_file() else None
+    place = section.get("folder") if isinstance(section, dict) else None
+    return place if isinstance(place, str) else None
+
+
+def is_url(place: str | Path) -> bool:
+    """Whether checkpoints there are in an object store."""
+    return "://" in str(place) and not str(place).startswith("file://")
+
+
+def storage_at(place: str) -> CheckpointStorage:
+    """Checkpoints in a folder, or below a URL."""
+    if not is_url(place):
+        return LocalStorage(Path(place.removeprefix("file://")))
+    # takes longer to load than all the rest: not for who reads a folder
+    from megadlcm.checkpoint.object_storage import ObjectStorage
+
+    return ObjectStorage(place)
 
 
 def step_of(name: str) -> int | None:
@@ -216,14 +254,17 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
     """Finds the checkpoint that a path means.
 
     Args:
-        path: a run folder (its newest good checkpoint), or a checkpoint folder.
+        path: a run folder (its newest good checkpoint), or a checkpoint folder; the URL of a
+            checkpoint, or of the place of several.
 
     Raises:
         InputError: there is none, or the named one is damaged.
     """
+    if is_url(path):
+        return _at_url(str(path).rstrip("/"))
     path = Path(path)
-    if (path / files.CHECKPOINTS).is_dir():
-        return _newest(storage_of(path), path / files.CHECKPOINTS)
+    if (path / files.CHECKPOINTS).is_dir() or (path / files.CONFIG).is_file():
+        return _newest(storage_of(path))
     if not path.is_dir():
         raise InputError(f"{path} is not a folder; name a run folder or a checkpoint folder")
     # `latest` and the like are no names, and resolved
@@ -235,15 +276,27 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
         raise InputError(text) from error
 
 
-def _newest(storage: CheckpointStorage, root: Path) -> Checkpoint:
+def _at_url(url: str) -> Checkpoint:
+    root, _, name = url.rpartition("/")
+    if step_of(name) is None:
+        return _newest(storage_at(url))
+    try:
+        return open_checkpoint(storage_at(root), name)
+    except InputError as error:
+        text = f"checkpoint {url}: {error}; name another checkpoint of the run"
+        raise InputError(text) from error
+
+
+def _newest(storage: CheckpointStorage) -> Checkpoint:
     damaged: list[str] = []
     for name, found in candidates(storage):
         if isinstance(found, Checkpoint):
             name_passed_over(damaged)
             return found
-        damaged.append(f"{root / name}: {found}")
+        damaged.append(f"{storage.where(name)}: {found}")
     why = f" ({'; '.join(damaged)})" if damaged else ""
-    raise InputError(f"{root} holds no complete checkpoint{why}; name a run that saved one")
+    where = storage.where()
+    raise InputError(f"{where} holds no complete checkpoint{why}; name a run that saved one")
 
 
 def name_passed_over(damaged: Iterable[str]) -> None:

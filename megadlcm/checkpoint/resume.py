@@ -9,15 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import InputError, StorageError
-from data_pipeline.masking import masked_values
+from data_pipeline.masking import masked, masked_values
 from data_pipeline.reading.phases import Phase, first_phase, next_phases
-from megadlcm.checkpoint.folder import Checkpoint, candidates, name_passed_over, storage_of
+from megadlcm.checkpoint.folder import (
+    Checkpoint,
+    candidates,
+    name_passed_over,
+    saved_place,
+    storage_of,
+)
 from megadlcm.checkpoint.load import DamageError, load
 from megadlcm.checkpoint.storage import CheckpointStorage
 from megadlcm.config import ModelConfig, MupConfig, RunConfig, config_to_dict
 from megadlcm.engine.engine import TrainingEngine
 from megadlcm.engine.state import TrainState
-from megadlcm.run_folder import files
 
 logger = logging.getLogger(__name__)
 
@@ -45,29 +50,31 @@ def resume(
     Args:
         engine: a fresh engine.
         config: the resolved run.
-        storage: where the checkpoints are; None means the run folder.
+        storage: where the checkpoints are; None means where the config says.
 
     Returns:
         Counters with `restart_count` one higher; None for a fresh run.
 
     Raises:
-        InputError: the config or the data changed in a way that a resumed run cannot follow, or
-            there are checkpoints and none of them can be loaded.
+        InputError: the config or the data changed in a way that a resumed run cannot follow; there
+            are checkpoints and none of them can be loaded; or they are where the run saved before.
     """
-    storage = storage or storage_of(config.output_dir)
+    storage = storage or storage_of(config)
     mesh, damaged = engine.mesh, list[str]()
     # one process looks and tells the others: two could see a folder differently
     choices = _good(storage, damaged) if mesh.is_writer else iter(())
     while True:
-        chosen, damaged_now, problem = mesh.broadcast_object(_next(choices, damaged))
-        if problem:
-            raise StorageError(f"output_dir = {config.output_dir}: {problem}")
+        chosen, damaged_now, problem = mesh.broadcast_object(
+            _next(choices, damaged, config if mesh.is_writer else None)
+        )
+        if problem is not None:
+            raise problem
         if chosen is None:
             if damaged_now:
-                raise _no_good_one(config, damaged_now)
+                raise _no_good_one(config, storage, damaged_now)
             return None
-        path = Path(config.output_dir) / files.CHECKPOINTS / chosen.name
-        phases = check_continuable(chosen.description, config, path)
+        path = storage.where(chosen.name)
+        phases = check_continuable(chosen.description, config, chosen.name)
         try:
             load(engine, chosen)
         except DamageError as error:
@@ -94,23 +101,53 @@ def _good(storage: CheckpointStorage, damaged: list[str]) -> Iterator[Checkpoint
 
 
 def _next(
-    choices: Iterator[Checkpoint], damaged: list[str]
-) -> tuple[Checkpoint | None, list[str], str]:
-    """The next choice, what was passed over until now, and why none can be looked for."""
+    choices: Iterator[Checkpoint], damaged: list[str], config: RunConfig | None
+) -> tuple[Checkpoint | None, list[str], Exception | None]:
+    """The next choice, what was passed over until now, and why none can be looked for.
+
+    Args:
+        choices: good ones, newest first.
+        damaged: what was passed over.
+        config: of the process that looks.
+    """
     try:
-        return next(choices, None), damaged, ""
+        chosen = next(choices, None)
+        if chosen is None and not damaged and config is not None:
+            _check_not_elsewhere(config)
+        return chosen, damaged, None
+    except InputError as error:
+        return None, damaged, error
     except (OSError, StorageError) as error:
         # not known is not none: a start from scratch would bury what is there
-        return None, damaged, f"its checkpoints cannot be listed ({error}); look after the disk"
+        problem = f"its checkpoints cannot be listed ({error}); look after the disk"
+        assert config is not None
+        return None, damaged, StorageError(f"output_dir = {config.output_dir}: {problem}")
 
 
-def _no_good_one(config: RunConfig, damaged: list[str]) -> InputError:
+def _no_good_one(config: RunConfig, storage: CheckpointStorage, damaged: list[str]) -> InputError:
     return InputError(
         f"output_dir = {config.output_dir}: it has checkpoints, and none can be loaded "
-        f"({'; '.join(damaged)}); restore one of them, remove its folder {files.CHECKPOINTS} to "
-        "start from scratch, or choose another output_dir",
+        f"({'; '.join(damaged)}); restore one of them, remove {storage.where()} to start from "
+        "scratch, or choose another output_dir",
         key="output_dir",
     )
+
+
+def _check_not_elsewhere(config: RunConfig) -> None:
+    """Raises InputError where the run has checkpoints in the place to which it saved before."""
+    place = config.checkpoint.folder
+    # saved without its password
+    if saved_place(Path(config.output_dir)) == (None if place is None else masked(place)):
+        return
+    earlier = storage_of(config.output_dir)
+    names = earlier.names()
+    if names:
+        raise InputError(
+            f"checkpoint.folder = {place}: it has no checkpoint, and the run has some in "
+            f"{earlier.where()} (the newest is {names[0]}); copy them, set it back, or choose "
+            "another output_dir to start from scratch",
+            key="checkpoint.folder",
+        )
 
 
 def fresh_state(config: RunConfig) -> TrainState:
@@ -126,14 +163,14 @@ def fresh_state(config: RunConfig) -> TrainState:
 
 
 def check_continuable(
-    description: dict[str, Any], config: RunConfig, path: Path
+    description: dict[str, Any], config: RunConfig, name: str
 ) -> list[dict[str, Any]]:
     """Refuses a config that the checkpoint cannot continue; other changes are logged.
 
     Args:
         description: `state.json` of the checkpoint.
         config: the config of this start.
-        path: the checkpoint, for the message.
+        name: of the checkpoint, for the message.
 
     Returns:
         The data phases of the resumed run.
@@ -153,21 +190,21 @@ def check_continuable(
             for key in forbidden
         )
         raise InputError(
-            f"output_dir = {config.output_dir}: its checkpoint {path.name} was made with another "
+            f"output_dir = {config.output_dir}: its checkpoint {name} was made with another "
             f"{listed}; a resumed run cannot change that: set it back, or choose a new output_dir",
             key=forbidden[0],
         )
-    phases = _phases_now(TrainState.from_dict(description["train_state"]), config, path)
+    phases = _phases_now(TrainState.from_dict(description["train_state"]), config, name)
     for key in changed:
         logger.info("config change on resume: %s: %r -> %r", key, saved.get(key), now.get(key))
     return phases
 
 
-def _phases_now(state: TrainState, config: RunConfig, path: Path) -> list[dict[str, Any]]:
+def _phases_now(state: TrainState, config: RunConfig, name: str) -> list[dict[str, Any]]:
     """Returns the data phases of a resumed run; raises InputError where its data has changed."""
     if not state.data_phases:
         raise InputError(
-            f"output_dir = {config.output_dir}: its checkpoint {path.name} was made by an earlier "
+            f"output_dir = {config.output_dir}: its checkpoint {name} was made by an earlier "
             "version, whose data came in another order; choose a new output_dir",
             key="output_dir",
         )

@@ -5,12 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 from data_pipeline.errors import InputError, StorageError
-from data_pipeline.output_folder import write_durably
 from megadlcm.checkpoint.folder import quick_look, step_of
-from megadlcm.checkpoint.storage import PINS, CheckpointStorage
+from megadlcm.checkpoint.storage import CheckpointStorage
 from megadlcm.config.training import CheckpointConfig
 
 logger = logging.getLogger(__name__)
@@ -142,13 +140,3 @@ def prune(
             storage.remove(name, attempt)
         except (OSError, StorageError) as error:
             logger.warning("checkpoint %s cannot be removed: %s", name, error)
-
-
-def write_pins(root: Path, pins: Iterable[str]) -> None:
-    """Says which checkpoints of a run retention may not touch.
-
-    Args:
-        root: the folder `checkpoints`.
-        pins: their names.
-    """
-    write_durably(root / PINS, "".join(f"{name}\n" for name in sorted(pins)).encode())

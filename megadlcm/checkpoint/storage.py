@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -51,6 +51,10 @@ class NewFile(Protocol):
 class CheckpointStorage(Protocol):
     """Where checkpoints of a run lie."""
 
+    def where(self, name: str = "") -> str:
+        """What a checkpoint is called in messages; without a name, the place of all."""
+        ...
+
     def begin(self, name: str, attempt: str, num_bytes: int) -> None:
         """Makes room for a checkpoint that is about to be written."""
         ...
@@ -85,6 +89,10 @@ class CheckpointStorage(Protocol):
 
     def pins(self) -> set[str]:
         """Names of checkpoints that retention may not touch."""
+        ...
+
+    def set_pins(self, pins: Iterable[str]) -> None:
+        """Says which these are."""
         ...
 
     def remove(self, name: str, attempt: str) -> None:
@@ -138,6 +146,9 @@ class LocalStorage:
 
     def __init__(self, root: Path, has_latest: bool = True) -> None:
         self.root, self.has_latest = root, has_latest
+
+    def where(self, name: str = "") -> str:
+        return str(self.root / name)
 
     def _building(self, name: str, attempt: str) -> Path:
         return self.root / f"{name}.{attempt}.writing"
@@ -229,6 +240,9 @@ class LocalStorage:
         except FileNotFoundError:
             return set()
 
+    def set_pins(self, pins: Iterable[str]) -> None:
+        write_durably(self.root / PINS, pins_text(pins))
+
     def remove(self, name: str, attempt: str) -> None:
         doomed = self._set_aside(name, attempt)
         _remove_tree(doomed)
@@ -262,6 +276,11 @@ def _remove_tree(path: Path) -> None:
         path.unlink()
     elif path.exists():
         shutil.rmtree(path)
+
+
+def pins_text(pins: Iterable[str]) -> bytes:
+    """What the file of pins holds."""
+    return "".join(f"{name}\n" for name in sorted(pins)).encode()
 
 
 def read_whole(storage: CheckpointStorage, name: str, file: str, num_bytes: int) -> bytes:

@@ -17,7 +17,7 @@ from megadlcm.run_folder import files
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from megadlcm.checkpoint.storage import CheckpointStorage, LocalStorage
+    from megadlcm.checkpoint.storage import CheckpointStorage
 
 _RUN = "runs/quickstart/run"
 _RUN_FOLDER = "output_dir of a run"
@@ -112,7 +112,7 @@ def run_list(arguments: argparse.Namespace) -> int:
     elif found:
         print(render_list(found, storage))
     else:
-        print(f"{storage.root} holds no checkpoint yet")
+        print(f"{storage.where()} holds no checkpoint yet")
     return 0
 
 
@@ -124,7 +124,7 @@ def run_verify(arguments: argparse.Namespace) -> int:
     storage, names = _named(arguments.run_dir)
     if not names:
         raise InputError(
-            f"{storage.root} holds no checkpoint; name the output_dir of a run that saved one"
+            f"{storage.where()} holds no checkpoint; name the output_dir of a run that saved one"
         )
     total = _total_bytes(storage, names)
     with _showing("verify", total) as watch:
@@ -141,8 +141,8 @@ def run_verify(arguments: argparse.Namespace) -> int:
     # after the table: whoever reads it wants to see the others too
     if num_damaged:
         raise InputError(
-            f"{storage.root}: {num_damaged} of {len(verdicts)} checkpoints damaged; a run passes "
-            "over them, remove or restore them"
+            f"{storage.where()}: {num_damaged} of {len(verdicts)} checkpoints damaged; a run "
+            "passes over them, remove or restore them"
         )
     return 0
 
@@ -218,7 +218,8 @@ def run_pin(arguments: argparse.Namespace) -> int:
     absent = [name for name in names if name not in there]
     if absent:
         raise InputError(
-            f"{storage.root} holds no {absent[0]}; see megadlcm checkpoint list {arguments.run_dir}"
+            f"{storage.where()} holds no {absent[0]}; see megadlcm checkpoint list "
+            f"{arguments.run_dir}"
         )
     return _change_pins(arguments, storage, _pins_of(storage) | set(names))
 
@@ -230,14 +231,12 @@ def run_unpin(arguments: argparse.Namespace) -> int:
     absent = [name for name in names if name not in pins]
     if absent:
         pinned = ", ".join(sorted(pins)) or "none"
-        raise InputError(f"{storage.root}: {absent[0]} is not pinned (pinned: {pinned})")
+        raise InputError(f"{storage.where()}: {absent[0]} is not pinned (pinned: {pinned})")
     return _change_pins(arguments, storage, pins - set(names))
 
 
-def _change_pins(arguments: argparse.Namespace, storage: LocalStorage, pins: set[str]) -> int:
-    from megadlcm.checkpoint.retention import write_pins
-
-    write_pins(storage.root, pins)
+def _change_pins(arguments: argparse.Namespace, storage: CheckpointStorage, pins: set[str]) -> int:
+    storage.set_pins(pins)
     if arguments.json:
         _print_json({"run_dir": arguments.run_dir, "pinned": sorted(pins)})
     else:
@@ -245,14 +244,14 @@ def _change_pins(arguments: argparse.Namespace, storage: LocalStorage, pins: set
     return 0
 
 
-def _pins_of(storage: LocalStorage) -> set[str]:
+def _pins_of(storage: CheckpointStorage) -> set[str]:
     from megadlcm.checkpoint.storage import PINS
 
     try:
         return storage.pins()
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{storage.root / PINS} cannot be read ({error}); mend or remove it"
+            f"{storage.where(PINS)} cannot be read ({error}); mend or remove it"
         ) from error
 
 
@@ -266,18 +265,21 @@ def _names_of(steps: list[str]) -> list[str]:
     return names
 
 
-def _storage_of(run_dir: str) -> LocalStorage:
+def _storage_of(run_dir: str) -> CheckpointStorage:
     from megadlcm.checkpoint.folder import storage_of
+    from megadlcm.checkpoint.storage import LocalStorage
 
     storage = storage_of(run_dir)
-    if not storage.root.is_dir():
+    if isinstance(storage, LocalStorage) and not storage.root.is_dir():
         raise InputError(
-            f"{run_dir} has no folder {files.CHECKPOINTS!r}; name the output_dir of a run"
+            f"{run_dir} has no folder {storage.root.name!r}; name the output_dir of a run"
+            if storage.root.parent == Path(run_dir)
+            else f"{run_dir}: checkpoint.folder = {storage.where()} is no folder; is it mounted?"
         )
     return storage
 
 
-def _named(path: str) -> tuple[LocalStorage, list[str]]:
+def _named(path: str) -> tuple[CheckpointStorage, list[str]]:
     """What a path names: all checkpoints of a run, or one."""
     from megadlcm.checkpoint.storage import LocalStorage
 
@@ -290,12 +292,12 @@ def _named(path: str) -> tuple[LocalStorage, list[str]]:
 
 
 @contextmanager
-def _listing(storage: LocalStorage) -> Iterator[None]:
+def _listing(storage: CheckpointStorage) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise InputError(f"{storage.root} cannot be listed ({reason})") from error
+        raise InputError(f"{storage.where()} cannot be listed ({reason})") from error
 
 
 def _total_bytes(storage: CheckpointStorage, names: list[str]) -> int:

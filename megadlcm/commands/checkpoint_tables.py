@@ -14,13 +14,13 @@ from megadlcm.checkpoint.comparing import Difference
 from megadlcm.checkpoint.folder import Checkpoint
 from megadlcm.checkpoint.format import MASTER
 from megadlcm.checkpoint.listing import Listed
-from megadlcm.checkpoint.storage import LocalStorage
+from megadlcm.checkpoint.storage import CheckpointStorage
 from megadlcm.checkpoint.verifying import Verdict
 
 _UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
 
-def list_to_dicts(found: Sequence[Listed], storage: LocalStorage) -> list[dict[str, Any]]:
+def list_to_dicts(found: Sequence[Listed], storage: CheckpointStorage) -> list[dict[str, Any]]:
     """Checkpoints of a run."""
     values = []
     for each in found:
@@ -29,7 +29,7 @@ def list_to_dicts(found: Sequence[Listed], storage: LocalStorage) -> list[dict[s
             {
                 "step": each.step,
                 "name": each.name,
-                "path": str(storage.root / each.name),
+                "path": storage.where(each.name),
                 "bytes": manifest.num_bytes if manifest else None,
                 "files": len(manifest.files) if manifest else None,
                 "layout": manifest.layout if manifest else None,
@@ -44,7 +44,7 @@ def list_to_dicts(found: Sequence[Listed], storage: LocalStorage) -> list[dict[s
     return values
 
 
-def render_list(found: Sequence[Listed], storage: LocalStorage) -> str:
+def render_list(found: Sequence[Listed], storage: CheckpointStorage) -> str:
     """The table of `list`."""
     rows = []
     for each, values in zip(found, list_to_dicts(found, storage), strict=True):
@@ -96,24 +96,24 @@ def _age_text(seconds: float | None) -> str:
     return f"{max(int(seconds // length), 0)} {name}"
 
 
-def verdict_to_dict(verdict: Verdict, storage: LocalStorage) -> dict[str, Any]:
+def verdict_to_dict(verdict: Verdict, storage: CheckpointStorage) -> dict[str, Any]:
     """What `verify` says of one checkpoint."""
     return {
         "name": verdict.name,
-        "path": str(storage.root / verdict.name),
+        "path": storage.where(verdict.name),
         "status": _status(verdict),
         "problem": verdict.problem,
         "bytes": verdict.num_bytes,
     }
 
 
-def render_verdicts(verdicts: Sequence[Verdict], storage: LocalStorage) -> str:
+def render_verdicts(verdicts: Sequence[Verdict], storage: CheckpointStorage) -> str:
     """The table of `verify`."""
     marks = {"damaged": "DAMAGED"}
     rows = [
         (
             marks.get(_status(each), _status(each)),
-            str(storage.root / each.name),
+            storage.where(each.name),
             "removed meanwhile" if each.is_gone else each.problem,
         )
         for each in verdicts
@@ -148,7 +148,7 @@ def contents_to_dict(checkpoint: Checkpoint) -> dict[str, Any]:
     sizes = {MASTER: 4 * elements} | dict.fromkeys(manifest.keys, 4 * own)
     sizes["other"] = manifest.num_bytes - sum(sizes.values())
     return {
-        "path": _path_of(checkpoint),
+        "path": checkpoint.storage.where(checkpoint.name),
         "step": checkpoint.step,
         "format": manifest.format,
         "written": manifest.written or None,
@@ -159,13 +159,6 @@ def contents_to_dict(checkpoint: Checkpoint) -> dict[str, Any]:
         "bytes": sizes,
         "tensors": tensors,
     }
-
-
-def _path_of(checkpoint: Checkpoint) -> str:
-    storage = checkpoint.storage
-    if isinstance(storage, LocalStorage):
-        return str(storage.root / checkpoint.name)
-    return checkpoint.name
 
 
 def render_contents(values: dict[str, Any]) -> str:

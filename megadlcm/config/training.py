@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from data_pipeline.config import PathText
 from data_pipeline.errors import InputError
 from megadlcm.config.rules import (
     require_at_least,
@@ -216,6 +217,10 @@ class CheckpointConfig:
 
     keep_every: int = 0
     """Those whose step is a multiple of it stay as well; 0 means none."""
+
+    folder: PathText | None = None
+    """Where they go: a folder, or the URL of a place in an object store, of this run alone; None
+    means `checkpoints` in the run folder."""
 
     asynchronous: bool = field(default=False, metadata={"key": "async"})
     """Whether training goes on while a checkpoint is written; spelt `async` in YAML."""

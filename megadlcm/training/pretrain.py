@@ -58,6 +58,7 @@ def run(config: RunConfig) -> int:
     # before a process group or a run folder exists: wrong input leaves nothing behind
     sources = check_training_sources(config)
     check_launch(config)
+    storage_of(config)
     alone = launch_environment().world_size == 1
     # alone it costs nothing to look now; several processes share the look, which needs the group
     damaged = damaged_shards(config) if alone else []
@@ -188,7 +189,7 @@ def open_trainer(
     model = build_stage_model(config, mesh, partition)
     with doing("start of the engine", computes=True):  # broadcasts parameters
         engine = build_engine(model, config, mesh, partition)
-    storage = storage_of(config.output_dir)
+    storage = storage_of(config)
     if mesh.is_writer:
         for problem in storage.tidy():
             logger.warning("%s", problem)

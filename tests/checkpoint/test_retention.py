@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megadlcm.checkpoint.retention import Retention, doomed, prune, write_pins
+from megadlcm.checkpoint.retention import Retention, doomed, prune
 from megadlcm.checkpoint.storage import LocalStorage
 from megadlcm.config.training import CheckpointConfig
 from megadlcm.run_folder.files import step_name
@@ -51,7 +51,7 @@ def root(tmp_path: Path) -> Path:
 def test_what_stays(
     root: Path, newest_good: int, keep: int, keep_every: int, pins: list[int], left: list[int]
 ) -> None:
-    write_pins(root, map(step_name, pins))
+    LocalStorage(root).set_pins(map(step_name, pins))
     prune(LocalStorage(root), ATTEMPT, step_name(newest_good), keep, keep_every)
     assert steps_left(root) == left
     assert not [name for name in os.listdir(root) if "." in name]
@@ -126,7 +126,7 @@ def test_pins_that_cannot_be_read_keep_everything(
 def test_a_pin_that_comes_while_others_are_removed_counts(root: Path) -> None:
     def pin(what: str, name: str) -> None:
         if (what, name) == ("remove", step_name(1)):
-            write_pins(root, [step_name(3)])
+            LocalStorage(root).set_pins([step_name(3)])
 
     retention = Retention(HookedStorage(root, pin), ATTEMPT, CheckpointConfig(keep=1))
     retention.after(step_name(6))

@@ -12,7 +12,13 @@ import pytest
 
 from data_pipeline.config import DataConfig, PathText, SourceConfig
 from data_pipeline.errors import InputError
-from megadlcm.config import RunConfig, config_from_dict, config_to_dict, load_config
+from megadlcm.config import (
+    CheckpointConfig,
+    RunConfig,
+    config_from_dict,
+    config_to_dict,
+    load_config,
+)
 
 PATHS: dict[str, Callable[[RunConfig], str | None]] = {
     "output_dir={}": lambda config: config.output_dir,
@@ -20,6 +26,7 @@ PATHS: dict[str, Callable[[RunConfig], str | None]] = {
     "data.valid=[{{path: '{}'}}]": lambda config: config.data.valid[0].path,
     "data.cache_dir={}": lambda config: config.data.cache_dir,
     "data.tokenizer={}": lambda config: config.data.tokenizer,
+    "checkpoint.folder={}": lambda config: config.checkpoint.folder,
 }
 
 
@@ -40,9 +47,10 @@ def test_every_key_that_is_a_path_is_marked_as_one() -> None:
     assert list(marked_fields(RunConfig)) == ["output_dir"]
     assert list(marked_fields(DataConfig)) == ["cache_dir", "tokenizer"]
     assert list(marked_fields(SourceConfig)) == ["path"]
+    assert list(marked_fields(CheckpointConfig)) == ["folder"]
     texts = {
         field.name
-        for section in (RunConfig, DataConfig, SourceConfig)
+        for section in (RunConfig, DataConfig, SourceConfig, CheckpointConfig)
         for field in dataclasses.fields(section)
         if "str" in str(field.type) and "Path" not in str(field.type)
     }

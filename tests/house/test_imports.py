@@ -59,7 +59,12 @@ MAY_IMPORT = {
     "megadlcm.model": _MODEL,
     "megadlcm.parallel": _PARALLEL,
     "megadlcm.engine": _ENGINE,
-    "megadlcm.checkpoint": (*_ENGINE, *_RUN_FOLDER, "data_pipeline.masking"),
+    "megadlcm.checkpoint": (
+        *_ENGINE,
+        *_RUN_FOLDER,
+        "data_pipeline.masking",
+        "data_pipeline.storage",
+    ),
     "megadlcm.inference": (*_PARALLEL, "megadlcm.run_folder", "data_pipeline"),
     "megadlcm.training": (
         *_ENGINE,

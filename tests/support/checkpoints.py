@@ -31,7 +31,7 @@ from tests.support.tiny_runs import tiny_engine
 
 def newest_folder(run_folder: str | Path) -> Path:
     """The newest checkpoint of a run that is not seen to be damaged."""
-    return storage_of(run_folder).root / find_checkpoint(run_folder).name
+    return Path(storage_of(run_folder).where(find_checkpoint(run_folder).name))
 
 
 def problems(run_folder: str | Path) -> dict[int, str]:

@@ -14,10 +14,10 @@ from megadlcm.engine.state import TrainState
 
 def save_checkpoint(engine: TrainingEngine, config: RunConfig, state: TrainState) -> Path:
     """Commits a checkpoint of the step just completed, as a start of its own; its folder."""
-    storage = storage_of(config.output_dir)
+    storage = storage_of(config)
     attempt = engine.mesh.broadcast_object(uuid.uuid4().hex)
     saver = Saver(engine, config, storage, attempt)
-    folder = storage.root / saver.save(state)
+    folder = Path(storage.where(saver.save(state)))
     saver.close()
     engine.fences.remove(saver.fence)
     return folder
