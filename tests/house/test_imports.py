@@ -30,11 +30,12 @@ _DATA = ("data_pipeline.errors", "data_pipeline.masking", "data_pipeline.small_f
 MAY_IMPORT = {
     "data_pipeline": (),
     "data_pipeline.storage": _DATA,
-    "data_pipeline.config": (*_DATA, "data_pipeline.storage"),
+    "data_pipeline.config": (*_DATA, "data_pipeline.quotas", "data_pipeline.storage"),
     "data_pipeline.shard_format": (*_DATA, "data_pipeline.storage"),
     "data_pipeline.reading": (
         *_DATA,
         "data_pipeline.config",
+        "data_pipeline.quotas",
         "data_pipeline.storage",
         "data_pipeline.shard_format",
         "data_pipeline.tokenizer",
