@@ -37,6 +37,11 @@ _SECRET_ENDINGS = (
 )
 
 
+def is_url(location: object) -> bool:
+    """Whether a text or path is a URL, which only some things can be read from."""
+    return "://" in str(location)
+
+
 def masked(text: str) -> str:
     """Returns a text in which no URL shows a password, or a parameter's token.
 

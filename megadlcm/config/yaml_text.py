@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from data_pipeline.errors import InputError
+from data_pipeline.masking import masked
 
 _MAX_BYTES = 4 * 2**20
 _MAX_DEPTH = 20
@@ -109,7 +110,7 @@ def parse_yaml(text: str, origin: str, key: str = "") -> Any:
 
 def short(value: Any) -> str:
     """Shows what a user wrote on one line, without the middle where it is long."""
-    text = str(value)
+    text = masked(str(value))  # of a cut one it could not be told where a password ends
     if len(text) > _MAX_SHOWN:
         text = f"{text[: _MAX_SHOWN // 2]} ... {text[-_MAX_SHOWN // 4 :]}"
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
