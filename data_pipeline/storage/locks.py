@@ -165,7 +165,7 @@ def _lock(path: Path, kind: int) -> FileLock:
 
 def _opened(path: str | Path, flags: int) -> FileLock:
     # 0o666 less the umask: other users of a shared folder need the lock too
-    return FileLock(os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, 0o666))
+    return FileLock(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | flags, 0o666))
 
 
 def _flock(lock: FileLock, path: str | Path, kind: int) -> None:

@@ -29,6 +29,7 @@ from typing import Any
 
 from data_pipeline.errors import InputError
 from data_pipeline.output_folder import write_durably, writing
+from data_pipeline.small_file import open_ordinary
 from data_pipeline.storage.locks import (
     FileLock,
     NoLocksError,
@@ -41,6 +42,7 @@ from megadlcm.run_folder.events import now
 
 logger = logging.getLogger(__name__)
 
+_MOST_CHARACTERS = 1 << 16
 _LOOKS = 20
 _PAUSE_SECONDS = 0.05
 """A holder has its lock a moment before it has said who it is, and a moment after it has ended."""
@@ -97,6 +99,13 @@ def holding(folder: Path, warn: Callable[[str], object] = logger.warning) -> Ite
         InputError: another start holds it.
     """
     path, own = folder / files.OWNER, Owner.of_this_process()
+    # a pipe can be locked, but says of nobody who holds it
+    if path.exists() and not path.is_file():
+        raise InputError(
+            f"output_dir = {path}: must be a file that can be written to (it is none); remove it, "
+            "or choose another output_dir",
+            key="output_dir",
+        )
     with contextlib.ExitStack() as locks:
         try:
             with writing(path):
@@ -121,7 +130,8 @@ def holding(folder: Path, warn: Callable[[str], object] = logger.warning) -> Ite
 def read_owner(path: Path) -> Owner | None:
     """Reads who holds a run folder; None where nobody does, or has not said so yet."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        with os.fdopen(open_ordinary(path), encoding="utf-8") as file:
+            values = json.loads(file.read(_MOST_CHARACTERS))
         # a later version may say more
         texts: dict[str, Any] = {key: str(values[key]) for key in Owner.__dataclass_fields__}
         return Owner(**texts | {"pid": int(values["pid"])})

@@ -295,4 +295,16 @@ def test_who_was_followed_takes_nothing_away(tmp_path: Path) -> None:
 
 def test_a_folder_in_place_of_the_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "owner.json").mkdir()
-    assert f"{tmp_path / 'owner.json'} cannot be written (Is a directory)" in refusal(tmp_path)
+    assert f"{tmp_path / 'owner.json'}: must be a file" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_a_pipe_in_its_place_is_not_waited_for(
+    tmp_path: Path, locks: bool, request: pytest.FixtureRequest
+) -> None:
+    if not locks:
+        request.getfixturevalue("no_locks")
+    os.mkfifo(tmp_path / "owner.json")
+    assert read_owner(tmp_path / "owner.json") is None
+    assert f"{tmp_path / 'owner.json'}: must be a file" in refusal(tmp_path)
+    assert (tmp_path / "owner.json").is_fifo()
