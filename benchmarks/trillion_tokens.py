@@ -30,7 +30,8 @@ from benchmarks.synthetic_corpus import (  # noqa: E402
     write_index,
 )
 from data_pipeline.config import SourceConfig  # noqa: E402
-from data_pipeline.reading.mixture import Mixture, source_quotas  # noqa: E402
+from data_pipeline.quotas import source_quotas  # noqa: E402
+from data_pipeline.reading.mixture import Mixture  # noqa: E402
 from data_pipeline.reading.order import SourceOrder  # noqa: E402
 from data_pipeline.shard_format.index import read_index  # noqa: E402
 

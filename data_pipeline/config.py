@@ -8,10 +8,13 @@ from typing import Annotated
 
 from data_pipeline.errors import InputError
 from data_pipeline.masking import masked
+from data_pipeline.quotas import source_quotas
 from data_pipeline.storage.interface import StorageOptions
 
-PathText = Annotated[str, "path"]
+PathText = Annotated[str, "path or URL"]
 """Text of a config file in which ~ and $VARIABLES stand for what they stand for in a shell."""
+LocalPathText = Annotated[str, "local path"]
+"""A `PathText` that may not be a URL."""
 ON_DAMAGE = ("stop", "skip")
 _MAX_WEIGHT = 1e18
 """More than the tokens of any corpus; sums of it are still numbers."""
@@ -102,17 +105,17 @@ class DataConfig:
     """Longest that the training loop waits for data before the run ends. Several processes wait at
     most 0.8 of `parallel.collective_timeout_seconds`, so that it is the storage that is named."""
 
-    cache_dir: PathText | None = None
+    cache_dir: LocalPathText | None = None
     """Folder on a local disk for copies of shards that are read by URL."""
 
     cache_bytes: int = StorageOptions.cache_bytes
     """Most bytes of copies kept there, by all processes of the machine together."""
 
-    tokenizer: PathText | None = None
+    tokenizer: LocalPathText | None = None
     """Tokenizer file or folder; None means the tokenizer.json kept with the shards."""
 
     def __post_init__(self) -> None:
-        """Checks the ranges and that no two sources of a list share a name."""
+        """Checks the ranges, and that no two sources of a list share a name."""
         for key in _COUNTS:
             if getattr(self, key) < 1:
                 raise InputError(
@@ -150,6 +153,7 @@ class DataConfig:
                         "give each its own `name`",
                         key=f"data.{split}",
                     )
+        source_quotas(self.train, "train")  # refuses a source that would never be read
 
     @property
     def storage(self) -> StorageOptions:

@@ -6,24 +6,43 @@ import re
 from typing import Any
 
 MASK = "***"
+# its end; of a URL that went through a path one slash is left
+_SCHEME = r"[A-Za-z0-9][A-Za-z0-9+.-]:/+"
+_ANY_URL = re.compile(_SCHEME)
 # of a web server the name may be the secret itself
-_WEB_USER = re.compile(r"(?i)(https?://)[^/\s?#]+@")
-# to the last @ before another URL: a password that was not escaped may hold any sign. Digits and a
-# slash are a port, and what is in brackets an address
-_PASSWORD = re.compile(r"(://[^/\s:?#\[]*):(?!\d{1,5}[/?#])(?:(?!://)\S)+@")
+_WEB_USER = re.compile(r"(?i)(https?:/+)[^/\s?#]+@")
+# what is before a port where an @ comes later: another name there is a user's
+_HOST = r"(?:[^/\s:?#\[]*[.@][^/\s:?#\[]*|localhost)"
+# to the last @ before another URL: a password that was not escaped may hold any sign, and blanks,
+# but none that leads from one quoted text into another. What is in brackets is an address, and a
+# word without an @ that begins with digits a port
+_PASSWORD = re.compile(
+    rf"({_SCHEME})(?!{_HOST}:\d{{1,5}}[/?#])([^/\s:?#\[]*):"
+    r"(?!\d{1,5}(?:[^\w\s@][^\s@]*)?(?:\s|$))"
+    r"(?:(?!://)\S)+(?:[ \t]+(?:(?!://)[^\s\"'`])+)*@"
+)
 # a value goes on to the next key, whatever signs it holds
 _PARAMETER = re.compile(r"([?&;#])([^\s=?&;#]+)=(\S*?)(?=[?&;#][^\s=?&;#]+=|\s|$)")
 # apiKey, api_key, APIKey and X-Api-Key are the same words
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
-_SECRET_WORDS = {"key", "sig", "auth", "oauth", "authorization", "pass", "pwd", "jwt"}
+_SECRET_WORDS = {
+    *("key", "sig", "hmac", "auth", "oauth", "authorization", "pass", "pwd", "jwt", "sas", "otp"),
+    *("cred", "creds", "bearer", "session", "sid", "cookie"),
+}
 # with anything before them, unlike `monkey` or `author`
 _SECRET_ENDINGS = (
-    *("token", "secret", "signature", "password", "passwd", "passphrase"),
+    *("token", "secret", "signature", "password", "passwd", "passphrase", "passcode"),
     *("credential", "credentials", "apikey", "accesskey", "secretkey", "privatekey", "accountkey"),
+    "sessionid",
 )
 
 _LEAST_SECRET = 4
 """Letters: a shorter one would be found in every word."""
+
+
+def is_url(location: object) -> bool:
+    """Whether a text or path is a URL, which only some things can be read from."""
+    return "://" in str(location)
 
 
 def masked(text: str) -> str:
@@ -31,9 +50,9 @@ def masked(text: str) -> str:
 
     A user's name stays where it comes with a protocol other than http.
     """
-    if "://" not in text:
+    if ":/" not in text or not _ANY_URL.search(text):
         return text
-    text = _PASSWORD.sub(rf"\1:{MASK}@", text)
+    text = _PASSWORD.sub(rf"\1\2:{MASK}@", text)
     text = _WEB_USER.sub(rf"\g<1>{MASK}@", text)
     return _PARAMETER.sub(_masked_parameter, text)
 

@@ -8,6 +8,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from data_pipeline.masking import masked
 from data_pipeline.tables import printable
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ LINE_SECONDS = 10.0
 
 def say(line: str) -> None:
     """Prints a line where progress is shown, before work that cannot tell how far it has come."""
-    print(printable(line), file=sys.stderr, flush=True)
+    print(printable(masked(line)), file=sys.stderr, flush=True)
 
 
 class LineLimit:

@@ -99,7 +99,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         backend.add_special_tokens([AddedToken(eos, special=True, normalized=False)])
         contents = backend.to_str(pretty=True).encode("utf-8")
         return _wrap(backend, path, contents)
-    if not file.is_file():
+    if not file.exists():
         raise InputError(
             f"tokenizer {path}: no such file, and no folder with tokenizer.json or vocab.json and "
             "merges.txt; train one with `megadlcm data tokenizer`"

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
+
+from data_pipeline.masking import is_url
+
+Local = TypeVar("Local")
 
 
 def add_command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
@@ -44,6 +48,20 @@ def integer(least: int) -> Callable[[str], int]:
         if number < least:
             raise argparse.ArgumentTypeError(f"{text} must be an integer >= {least}")
         return number
+
+    return parse
+
+
+def local(kind: Callable[[str], Local]) -> Callable[[str], Local]:
+    """The type of an option that is a file or folder, of this kind, and cannot be a URL."""
+
+    def parse(text: str) -> Local:
+        if is_url(text):
+            raise argparse.ArgumentTypeError(
+                f"{text} must be a local path, not a URL; name a file or folder that is mounted "
+                "here"
+            )
+        return kind(text)
 
     return parse
 

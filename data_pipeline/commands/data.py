@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.commands.arguments import add_command, integer
+from data_pipeline.commands.arguments import add_command, integer, local
 from data_pipeline.commands.inspection import add_folder_parsers
 from data_pipeline.errors import InputError
 from data_pipeline.options import PART_BYTES, SHARD_TOKENS
@@ -67,7 +67,7 @@ def _add_tokenizer(commands: Any) -> None:
         "--vocab-size", type=integer(1), required=True, metavar="N", help="most entries it may have"
     )
     tokenizer.add_argument(
-        "--output", type=Path, required=True, metavar="FILE", help="tokenizer.json to write"
+        "--output", type=local(Path), required=True, metavar="FILE", help="tokenizer.json to write"
     )
     tokenizer.add_argument("--overwrite", action="store_true", help="replace an existing file")
     tokenizer.set_defaults(run=run_tokenizer)
@@ -80,13 +80,13 @@ def _add_prepare(commands: Any) -> None:
     _add_input(prepare)
     prepare.add_argument(
         "--tokenizer",
-        type=Path,
+        type=local(Path),
         required=True,
         metavar="FILE",
         help="tokenizer.json, or a folder with it or with vocab.json and merges.txt",
     )
     prepare.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="shard folder to write"
+        "--output", type=local(Path), required=True, metavar="DIR", help="shard folder to write"
     )
     prepare.add_argument(
         "--shard-tokens",
@@ -256,6 +256,7 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input",
         action="append",
+        type=local(str),
         required=True,
         metavar="GLOB",
         help="file, glob in quotes, or directory; may be repeated",

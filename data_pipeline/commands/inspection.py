@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from data_pipeline.commands.arguments import add_command, integer
+from data_pipeline.commands.arguments import add_command, integer, local
 from data_pipeline.errors import InputError, StorageError
+from data_pipeline.masking import masked
 from data_pipeline.tables import printable
 
 INSPECT_EXAMPLE = """\
@@ -48,7 +49,10 @@ def add_folder_parsers(commands: Any) -> None:
         help="processes that verify shards (default: one per processor core)",
     )
     verify.add_argument(
-        "--cache-dir", metavar="DIR", help="local folder for copies of shards, needed for a URL"
+        "--cache-dir",
+        type=local(str),
+        metavar="DIR",
+        help="local folder for copies of shards, needed for a URL",
     )
     verify.set_defaults(run=run_verify)
 
@@ -101,7 +105,7 @@ def run_verify(arguments: argparse.Namespace) -> int:
     num_problems = num_unread = 0
     for problem in verify_folder(index, options, workers):
         # At once: of a large folder the first problem may come hours before the last.
-        print(printable(problem), flush=True)
+        print(printable(masked(problem)), flush=True)
         num_problems += 1
         num_unread += isinstance(problem, Unread)
     # Wrong bytes outweigh unread ones: they stay wrong when the storage answers again.
@@ -112,8 +116,8 @@ def run_verify(arguments: argparse.Namespace) -> int:
             f"{location}: not read: {num_unread} shards or files; check the storage, verify again"
         )
     print(
-        f"{printable(location)}: {len(index.shards):,} shards, {index.num_documents:,} documents, "
-        f"{index.num_tokens:,} tokens, all as written"
+        f"{printable(masked(location))}: {len(index.shards):,} shards, "
+        f"{index.num_documents:,} documents, {index.num_tokens:,} tokens, all as written"
     )
     if altered := read_altered(storage):
         print(f"altered by the tokenizer: {describe_altered(altered)}")

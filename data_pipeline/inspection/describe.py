@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from data_pipeline.errors import StorageError
+from data_pipeline.masking import masked
 from data_pipeline.shard_format.index import DomainCounts, ShardIndex
 from data_pipeline.shard_format.prepared import PREPARED_FILE, altered_documents, decode_prepared
 from data_pipeline.storage.interface import Storage
@@ -53,7 +54,7 @@ def describe(index: ShardIndex, altered: int = 0) -> str:
     rows = index.shards.rows
     tokens, sizes = rows["num_tokens"], rows["tar_bytes"]
     facts = [
-        ("folder", index.location),
+        ("folder", masked(index.location)),
         ("shards", f"{len(rows):,} of {tokens.min():,} to {tokens.max():,} tokens"),
         ("stored", f"{sizes.sum():,} bytes in tar files of {sizes.min():,} to {sizes.max():,}"),
         ("tokens", f"{index.token_dtype}, largest {index.max_token_id}"),

@@ -9,7 +9,8 @@ import numpy as np
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DamagedDataError, InputError
-from data_pipeline.reading.mixture import Mixture, source_quotas
+from data_pipeline.quotas import source_quotas
+from data_pipeline.reading.mixture import Mixture
 from data_pipeline.reading.order import Stretch
 from data_pipeline.reading.samples import SourceReader
 from data_pipeline.reading.sources import read_tokenizer

@@ -12,8 +12,9 @@ from data_pipeline.config import DataConfig
 from data_pipeline.errors import InputError
 from data_pipeline.inspection.played import BlockCost, PlayedSource
 from data_pipeline.options import check_least
+from data_pipeline.quotas import source_quotas
 from data_pipeline.reading.least_recent import KEPT_BYTES, KEPT_SHARDS
-from data_pipeline.reading.mixture import Mixture, source_quotas
+from data_pipeline.reading.mixture import Mixture
 from data_pipeline.reading.open_files import most_files
 from data_pipeline.shard_format.index import read_index
 from data_pipeline.storage.open import open_storage

@@ -34,12 +34,13 @@ def plain_chunks(path: Path, raw: IO[bytes], size: int) -> Iterator[bytes]:
         InputError: the file is damaged.
     """
     try:
-        if path.name.endswith(".gz"):
+        ending = path.suffix.lower()
+        if ending == ".gz":
             with gzip.GzipFile(fileobj=raw) as plain:
                 # A piece at a time: what 1 MB of gzip holds may not fit into memory.
                 while chunk := plain.read(size):
                     yield chunk
-        elif path.name.endswith(".zst"):
+        elif ending == ".zst":
             yield from _zstd_chunks(path, raw, size)
         else:
             while chunk := raw.read(size):

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import glob
 import os
+import re
+import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_pipeline.errors import InputError
+from data_pipeline.prepare.beginnings import LISTED, TABLE, UNNAMED, records_in
 from data_pipeline.prepare.compression import COMPRESSIONS, UNREAD_COMPRESSIONS
 from data_pipeline.prepare.formats.format import InputFile
 from data_pipeline.prepare.formats.known import ENDINGS, ending_of, format_named
-from data_pipeline.prepare.formats.lines import begins_with_record
 
 LINKS = "symbolic links"
+_ROTATED = re.compile(r"(?:[.-]\d+|\.(?:bak|old|orig|part|tmp)|~)+$", re.IGNORECASE)
 
 
 def find_inputs(patterns: Sequence[str], left_out: Counter[str]) -> list[InputFile]:
@@ -58,13 +61,14 @@ def _matches(pattern: str, left_out: Counter[str]) -> Iterator[InputFile]:
         if path.is_dir():
             if "**" not in pattern:  # `**` also yields the folders of the files it matches
                 yield from _tree_files(path, left_out)
-        elif path.name.endswith(ENDINGS):
+        elif ending_of(path.name):
             relative = os.path.relpath(path, base).replace(os.sep, "/")
             yield InputFile(path, relative, _size(path))
         else:
             raise InputError(
-                f"--input {pattern}: {path} ends in none of {', '.join(ENDINGS)}; convert it, or, "
-                "if it is source code, name the directory itself to read every file as it stands",
+                f"--input {pattern}: {path} ends in none of {', '.join(ENDINGS)}; convert or "
+                "rename it, or, if it is source code, name the directory itself to read every file "
+                "as it stands",
                 key="--input",
             )
 
@@ -79,7 +83,14 @@ def _fixed_part(pattern: str) -> str:
 
 def _size(path: Path) -> int:
     try:
-        return path.stat().st_size
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            # a pipe would be waited for, a device read without an end
+            raise InputError(
+                f"{path}: is no ordinary file (a pipe or a device); write its contents to a file",
+                key="--input",
+            )
+        return found.st_size
     except OSError as error:
         raise InputError(
             f"{path}: cannot be read ({error.strerror}); check the file", key="--input"
@@ -118,21 +129,36 @@ def _tree_files(root: Path, left_out: Counter[str]) -> list[InputFile]:
 
 def _check_tree_file(root: Path, name: str) -> None:
     """Raises InputError where a file holds records: it would become one text, JSON and all."""
-    ending, (stem, suffix) = ending_of(name), os.path.splitext(name)
-    way_out = f"write --input '{root}/{'**/' if os.sep in name else ''}*{ending or suffix}'"
-    if suffix in UNREAD_COMPRESSIONS and ending_of(stem):
-        way_out = f"compress it with gzip or zstd, not as {suffix}"
-    elif suffix in ("", ".json"):  # many a source tree has a .json that is none
-        if not begins_with_record(root / name):
-            return
-        way_out = way_out if ending else "give it the ending .jsonl if it holds JSON lines"
-    elif not (_holds_records(ending) or suffix in COMPRESSIONS[1:]) or not ending:
-        return
-    raise InputError(
-        f"--input {root}: a directory is read as a source tree, but it holds {name}; {way_out} to "
-        "read its documents, or take it out of the directory",
-        key="--input",
-    )
+    way_out = _way_to_read(root, name)
+    if way_out:
+        raise InputError(
+            f"--input {root}: a directory is read as a source tree, but it holds {name}; {way_out} "
+            "to read its documents, or take it out of the directory",
+            key="--input",
+        )
+
+
+def _way_to_read(root: Path, name: str) -> str:
+    """Returns how to read the records of a file of a directory; empty where it holds none."""
+    pattern = f"--input '{root}/{'**/' if os.sep in name else ''}*"
+    whole = _ROTATED.sub("", name)  # where a program keeps old files, as log rotation does
+    stem, suffix = os.path.splitext(whole)
+    ending = ending_of(whole)
+    way_out = f"write {pattern}{ending}'"
+    if suffix.lower() in UNREAD_COMPRESSIONS and ending_of(stem):
+        return f"compress it with gzip or zstd instead of {suffix}"
+    if suffix.lower() in ("", ".json", ".csv", ".tsv"):  # in many a source tree, too
+        found = records_in(root / name, suffix)
+        if found in (LISTED, TABLE):
+            return "convert it to .jsonl, an object with a `text` on a line each,"
+        if found == UNNAMED:
+            return "rename the field that holds its texts to `text` and give it the ending .jsonl"
+        if not found:
+            return ""
+        ending = ending or ".jsonl"
+    elif not (_holds_records(ending) or suffix.lower() in COMPRESSIONS[1:]) or not ending:
+        return ""
+    return way_out if name.endswith(ending) else f"rename it to end in {ending}"
 
 
 def _holds_records(ending: str) -> bool:

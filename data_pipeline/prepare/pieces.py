@@ -6,6 +6,7 @@ feed many processes that do the rest (documents.py).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import IO
 from data_pipeline.errors import InputError, StorageError
 from data_pipeline.prepare.formats.format import BEGINNING, InputFile, Piece, Position
 from data_pipeline.prepare.formats.known import format_of
+from data_pipeline.small_file import open_ordinary
 
 PIECE_BYTES = 1 << 20
 """A piece of lines or rows is about as large; a longer record is a piece of its own."""
@@ -68,7 +70,7 @@ def read_pieces(
 def _opened(path: Path) -> Iterator[IO[bytes]]:
     """Opens a file; what fails in reading it is named."""
     try:
-        raw = open(path, "rb")  # noqa: SIM115
+        raw = os.fdopen(open_ordinary(path), "rb")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the file") from error
     with raw:

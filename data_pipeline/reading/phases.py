@@ -14,7 +14,8 @@ from typing import Any
 
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.errors import InputError
-from data_pipeline.reading.mixture import Mixture, source_quotas
+from data_pipeline.quotas import source_quotas
+from data_pipeline.reading.mixture import Mixture
 from data_pipeline.shard_format.index import ShardIndex, read_index
 from data_pipeline.storage.open import open_storage
 

@@ -16,8 +16,9 @@ import numpy as np
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.errors import DamagedDataError, InputError
 from data_pipeline.masking import masked
+from data_pipeline.quotas import source_quotas
 from data_pipeline.reading.batch import Sample, Skipped
-from data_pipeline.reading.mixture import Mixture, source_quotas
+from data_pipeline.reading.mixture import Mixture
 from data_pipeline.reading.order import SourceOrder, Stretch, WindowPlace
 from data_pipeline.reading.packing import Window, make_sample
 from data_pipeline.reading.phases import Phase

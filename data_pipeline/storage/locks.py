@@ -100,6 +100,22 @@ def try_lock(path: Path, *, shared: bool = False) -> FileLock | None:
         return None
 
 
+def try_lock_folder(folder: Path) -> FileLock | None:
+    """Locks a folder itself, or returns None where another process of this machine holds it.
+
+    The lock stays whatever is removed from the folder; of other machines it often knows nothing.
+
+    Raises:
+        NoLocksError: the file system knows no locks of folders; others say so by an OSError.
+    """
+    lock = FileLock(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    try:
+        _flock(lock, folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return None
+    return lock
+
+
 def lock_new_file(path: str) -> FileLock:
     """Makes a file and locks it.
 
@@ -149,7 +165,7 @@ def _lock(path: Path, kind: int) -> FileLock:
 
 def _opened(path: str | Path, flags: int) -> FileLock:
     # 0o666 less the umask: other users of a shared folder need the lock too
-    return FileLock(os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, 0o666))
+    return FileLock(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | flags, 0o666))
 
 
 def _flock(lock: FileLock, path: str | Path, kind: int) -> None:

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.commands.arguments import add_command, integer
+from data_pipeline.commands.arguments import add_command, integer, local
 from data_pipeline.errors import InputError
 
 _CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
@@ -33,7 +33,10 @@ def add_parser(commands: Any) -> None:
     summary = "text of this Python's library -> tokenizer -> shards -> training -> report"
     parser = add_command(commands, "quickstart", summary, _EXAMPLE)
     parser.add_argument(
-        "--folder", type=Path, default=Path("runs/quickstart"), help="default: %(default)s"
+        "--folder",
+        type=local(Path),
+        default=Path("runs/quickstart"),
+        help="default: %(default)s",
     )
     parser.add_argument(
         "--code-bytes",

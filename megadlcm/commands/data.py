@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline.commands.arguments import add_command, integer
+from data_pipeline.commands.arguments import add_command, integer, local
 from data_pipeline.commands.data import add_data_parser
 from data_pipeline.errors import InputError
+from data_pipeline.masking import is_url
 from data_pipeline.tables import printable
 from megadlcm.commands.arguments import add_config_arguments
 
@@ -63,7 +64,10 @@ def add_parser(commands: Any) -> None:
         "--seq-len", type=integer(1), metavar="N", help="tokens of a sample, for a shard folder"
     )
     preview.add_argument(
-        "--cache-dir", metavar="DIR", help="local folder for copies of shards, for a URL"
+        "--cache-dir",
+        type=local(str),
+        metavar="DIR",
+        help="local folder for copies of shards, for a URL",
     )
     preview.set_defaults(run=run_preview)
 
@@ -123,7 +127,7 @@ def _previewed(arguments: argparse.Namespace) -> DataConfig:
 
     location: str = arguments.config
     # a config is a file; what is a folder or a URL holds shards
-    if "://" not in location and not Path(location).is_dir():
+    if not is_url(location) and not Path(location).is_dir():
         for name, key in (("seq-len", "seq_len"), ("cache-dir", "cache_dir")):
             value = getattr(arguments, key)
             if value is not None:

@@ -26,10 +26,12 @@ def add_parser(commands: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from megadlcm.config import load_config
+    from megadlcm.parallel.environment import quiet_torch
 
     # torch comes only after the config is known to be right: a typing error is answered at once
     # and not after seconds of imports on every process
     config = load_config(arguments.config, arguments.overrides)
+    quiet_torch()
     from megadlcm.training import pretrain
 
     return pretrain.run(config)

@@ -20,14 +20,16 @@ from typing import Annotated, Any, Literal, TypeVar, Union
 
 import yaml
 
+from data_pipeline.config import LocalPathText
 from data_pipeline.errors import InputError
-from data_pipeline.masking import masked_values
+from data_pipeline.masking import is_url, masked_values
 from megadlcm.config.model import ModelConfig
 from megadlcm.config.run import RunConfig
 from megadlcm.config.yaml_text import CONTROL, parse_yaml, read_yaml, short
 
 Section = TypeVar("Section")
 _MAX_DIGITS = 18
+_LOCAL = "a local path, not a URL"
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -47,6 +49,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         InputError: the file is missing or no YAML, or a key or value is not valid.
     """
+    if is_url(path):  # a path has one slash less, and is said to be missing
+        raise InputError(
+            f"config {short(path)}: must be {_LOCAL}; name a YAML file such as "
+            "configs/quickstart.yaml"
+        )
     tree = read_yaml(Path(path))
     # all are parsed before one is applied: which lengths are given decides what is dropped
     values = [_parse_override(override) for override in overrides]
@@ -167,7 +174,10 @@ def _decode(hint: Any, value: Any, key: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _decode_section(typing.cast(type[Any], hint), value, key)
     if typing.get_origin(hint) is Annotated:
-        return _decode_path(value, key)
+        path = _decode_path(value, key)
+        if hint == LocalPathText and is_url(path):
+            raise _wrong(key, path, _LOCAL, "name a file or folder that is mounted here")
+        return path
     if typing.get_origin(hint) is tuple:
         return _decode_list(arguments, value, key)
     if typing.get_origin(hint) is Literal:
@@ -239,6 +249,11 @@ def _decode_path(value: Any, key: str) -> str:
     home = os.path.expanduser(text)
     if home == text and text.startswith("~"):
         raise _wrong(key, value, "a path whose ~ names a home folder", "write the whole path")
+    # else it would be a folder of the root, or of wherever the command was started
+    used = _variables(home) if home == text else ["HOME", *_variables(home)]
+    if empty := [name for name in used if os.path.expandvars(f"${{{name}}}") == ""]:
+        rule = "a path of variables that are not empty"
+        raise _wrong(key, value, rule, f"export {empty[0]} with a value, or write the whole path")
     path = _decode_str(os.path.expandvars(home), key)
     left = _variables(path)
     # what is not set stays as it was

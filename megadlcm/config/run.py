@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from data_pipeline.config import DataConfig, PathText
+from data_pipeline.config import DataConfig, LocalPathText
 from data_pipeline.errors import InputError
 from megadlcm.config.model import ModelConfig
 from megadlcm.config.parallel import ParallelConfig, check_split
@@ -31,7 +31,7 @@ class RunConfig:
     seed: int = 0
     """Seed of initial values and boundary draws, and of the data where data.seed is null."""
 
-    output_dir: PathText
+    output_dir: LocalPathText
     """The run folder; a run resumes from the checkpoints that it finds there."""
 
     model: ModelConfig

@@ -6,6 +6,7 @@ the type of their field is known. For the same reason tags, anchors and aliases 
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import yaml
 
 from data_pipeline.errors import InputError
+from data_pipeline.masking import masked
+from data_pipeline.small_file import open_ordinary
 
 _MAX_BYTES = 4 * 2**20
 _MAX_DEPTH = 20
@@ -71,25 +74,33 @@ _Loader.add_implicit_resolver(
 def read_yaml(path: Path) -> dict[str, Any]:
     """Reads a file of `key: value` lines; raises InputError where it is none."""
     try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_BYTES + 1)  # of a device there would be no end
-        if len(content) > _MAX_BYTES:
-            raise InputError(
-                f"config {short(path)}: longer than {_MAX_BYTES / 2**20:g} MiB, which no config "
-                "is; name a YAML file such as configs/quickstart.yaml"
-            )
-        text = content.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        # a pipe would be waited for, a device read without an end
+        with os.fdopen(open_ordinary(path), "rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+    except (OSError, InputError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no ordinary file"
+        raise _no_config(path, reason) from error
+    if len(content) > _MAX_BYTES:
         raise InputError(
-            f"config {short(path)}: {reason}; name a YAML file such as configs/quickstart.yaml"
-        ) from error
+            f"config {short(path)}: longer than {_MAX_BYTES / 2**20:g} MiB, which no config "
+            "is; name a YAML file such as configs/quickstart.yaml"
+        )
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _no_config(path, "not UTF-8 text") from error
     tree = parse_yaml(text, f"config {short(path)}")
     if not isinstance(tree, dict):
         raise InputError(
             f"config {short(path)}: must hold `key: value` lines; see configs/quickstart.yaml"
         )
     return tree
+
+
+def _no_config(path: Path, reason: str | None) -> InputError:
+    return InputError(
+        f"config {short(path)}: {reason}; name a YAML file such as configs/quickstart.yaml"
+    )
 
 
 def parse_yaml(text: str, origin: str, key: str = "") -> Any:
@@ -109,7 +120,7 @@ def parse_yaml(text: str, origin: str, key: str = "") -> Any:
 
 def short(value: Any) -> str:
     """Shows what a user wrote on one line, without the middle where it is long."""
-    text = str(value)
+    text = masked(str(value))  # of a cut one it could not be told where a password ends
     if len(text) > _MAX_SHOWN:
         text = f"{text[: _MAX_SHOWN // 2]} ... {text[-_MAX_SHOWN // 4 :]}"
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)

@@ -11,10 +11,13 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from data_pipeline.errors import InputError
+
+# torch reads some of the environment while it is loaded: it is not loaded here before it is used
+if TYPE_CHECKING:
+    import torch
 
 DEFAULT_MASTER_PORT = 29400
 _SLURM_PORTS = range(20_000, 29_000)
@@ -217,6 +220,15 @@ def first_host(node_list: str, key: str = "SLURM_STEP_NODELIST") -> str:
     return first
 
 
+def quiet_torch() -> None:
+    """Keeps the warnings of torch's C++ part from standard error, if torch is not loaded yet.
+
+    Of a connection that is lost it writes 20 lines of frames at each attempt, whoever catches the
+    error. Errors are still written, and who sets `TORCH_CPP_LOG_LEVEL` sees what that asks for.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
 def choose_device(launch: LaunchEnvironment) -> torch.device:
     """The GPU of this process; the CPU without a GPU, or where `DS_ACCELERATOR=cpu` asks for it.
 
@@ -226,6 +238,8 @@ def choose_device(launch: LaunchEnvironment) -> torch.device:
     Raises:
         InputError: there is no GPU for it, or `DS_ACCELERATOR` asks for something else.
     """
+    import torch
+
     accelerator = os.environ.get("DS_ACCELERATOR")
     if accelerator not in (None, "cpu", "cuda"):
         raise InputError(
@@ -260,6 +274,8 @@ def adopt_device(launch: LaunchEnvironment, device: torch.device) -> None:
         launch: what the launcher says about this process.
         device: its device.
     """
+    import torch
+
     # DeepSpeed refuses to start without LOCAL_RANK, which it takes for the number of the device,
     # and guesses the accelerator without the other
     os.environ["LOCAL_RANK"] = str(launch.local_rank if device.index is None else device.index)

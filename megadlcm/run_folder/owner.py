@@ -6,6 +6,9 @@ file that nobody has locked is a dead holder's, and is taken over. Where the fil
 locks, the file itself is the lock: only one start can make it, and it is taken over where its
 holder is known to be dead, which can be seen on the holder's machine alone.
 
+Who removes the file takes the lock of it away. So the holder locks the folder as well, which every
+local file system and most others keep for the processes of one machine.
+
 Some file systems keep locks on one machine only: a file that a start on another one has left is
 taken over with a warning.
 """
@@ -26,12 +29,20 @@ from typing import Any
 
 from data_pipeline.errors import InputError, StorageError
 from data_pipeline.output_folder import write_durably, writing
-from data_pipeline.storage.locks import FileLock, knows_locks, try_lock
+from data_pipeline.small_file import open_ordinary
+from data_pipeline.storage.locks import (
+    FileLock,
+    NoLocksError,
+    knows_locks,
+    try_lock,
+    try_lock_folder,
+)
 from megadlcm.run_folder import files
 from megadlcm.run_folder.events import now
 
 logger = logging.getLogger(__name__)
 
+_MOST_CHARACTERS = 1 << 16
 _LOOKS = 20
 _PAUSE_SECONDS = 0.05
 """A holder has its lock a moment before it has said who it is, and a moment after it has ended."""
@@ -88,30 +99,39 @@ def holding(folder: Path, warn: Callable[[str], object] = logger.warning) -> Ite
         InputError: another start holds it.
     """
     path, own = folder / files.OWNER, Owner.of_this_process()
-    try:
-        with writing(path):
-            lock = _take(path, own, warn)
-    except OSError as error:
+    # a pipe can be locked, but says of nobody who holds it
+    if path.exists() and not path.is_file():
         raise InputError(
-            f"output_dir = {folder}: {path} cannot be written ({error.strerror or error}); remove "
-            "it, or choose another output_dir",
+            f"output_dir = {path}: must be a file that can be written to (it is none); remove it, "
+            "or choose another output_dir",
             key="output_dir",
-        ) from error
-    try:
-        yield own
-    finally:
-        # before the lock goes: whoever is waiting for it finds that the file is another one
-        if read_owner(path) == own:
-            with contextlib.suppress(OSError):
-                path.unlink()
-        if lock is not None:
-            lock.close()
+        )
+    with contextlib.ExitStack() as locks:
+        try:
+            with writing(path):
+                # always in this order: two starts that hold one each would refuse each other
+                locks.enter_context(_lock_folder(path) or contextlib.nullcontext())
+                locks.enter_context(_take(path, own, warn) or contextlib.nullcontext())
+        except OSError as error:
+            raise InputError(
+                f"output_dir = {folder}: {path} cannot be written ({error.strerror or error}); "
+                "remove it, or choose another output_dir",
+                key="output_dir",
+            ) from error
+        try:
+            yield own
+        finally:
+            # before the lock goes: whoever is waiting for it finds that the file is another one
+            if read_owner(path) == own:
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
 
 def read_owner(path: Path) -> Owner | None:
     """Reads who holds a run folder; None where nobody does, or has not said so yet."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        with os.fdopen(open_ordinary(path), encoding="utf-8") as file:
+            values = json.loads(file.read(_MOST_CHARACTERS))
         # a later version may say more
         texts: dict[str, Any] = {key: str(values[key]) for key in Owner.__dataclass_fields__}
         return Owner(**texts | {"pid": int(values["pid"])})
@@ -135,6 +155,24 @@ def check_owner(folder: Path, attempt: str) -> None:
             f"output_dir = {folder}: another start of the run has taken it over ({owner}); this "
             "one publishes nothing more"
         )
+
+
+def _lock_folder(path: Path) -> FileLock | None:
+    """Locks the folder of the file; returns None where its file system locks no folders."""
+    found = None
+    for look in range(_LOOKS):
+        if look:
+            time.sleep(_PAUSE_SECONDS)
+        try:
+            lock = try_lock_folder(path.parent)
+        except (NoLocksError, OSError):
+            return None
+        if lock is not None:
+            return lock
+        found = read_owner(path)
+        if found is not None and not found.is_dead:
+            break
+    raise _refusal(path, found)
 
 
 def _take(path: Path, own: Owner, warn: Callable[[str], object]) -> FileLock | None:

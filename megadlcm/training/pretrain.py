@@ -15,7 +15,7 @@ import torch
 from data_pipeline.errors import InputError, StorageError
 from data_pipeline.masking import masked
 from data_pipeline.output_folder import make_output_folder, reading_and_writing
-from data_pipeline.reading.mixture import MAX_PERIOD, rounded_shares
+from data_pipeline.quotas import MAX_PERIOD, rounded_shares
 from data_pipeline.reading.sources import SourceSummary
 from data_pipeline.tables import printable
 from megadlcm.checkpoint.folder import storage_of

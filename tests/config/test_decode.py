@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -50,8 +51,14 @@ def test_a_file_of_too_many_keys_is_refused_before_it_is_read_to_its_end(tmp_pat
             load_config(path)
     path = tmp_path / "long.yaml"
     path.write_text("# " + "x" * 5_000_000)
-    for endless in (path, Path("/dev/zero")):
-        with pytest.raises(InputError, match="longer than 4 MiB"):
+    with pytest.raises(InputError, match="longer than 4 MiB"):
+        load_config(path)
+
+
+def test_a_config_that_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for endless in (tmp_path / "pipe.yaml", Path("/dev/zero"), tmp_path):
+        with pytest.raises(InputError, match=r"config .*: no ordinary file; name a YAML file"):
             load_config(endless)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.config import DataConfig, PathText, SourceConfig
+from data_pipeline.config import DataConfig, LocalPathText, PathText, SourceConfig
 from data_pipeline.errors import InputError
 from megadlcm.config import (
     CheckpointConfig,
@@ -37,17 +37,20 @@ def home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOWHERE", raising=False)
 
 
-def marked_fields(section: Any) -> Iterator[str]:
+LOCAL = [override for override in PATHS if "path" not in override]
+
+
+def marked_fields(section: Any, mark: Any) -> Iterator[str]:
     for name, hint in typing.get_type_hints(section, include_extras=True).items():
-        if PathText in (hint, *typing.get_args(hint)):
+        if mark in (hint, *typing.get_args(hint)):
             yield name
 
 
 def test_every_key_that_is_a_path_is_marked_as_one() -> None:
-    assert list(marked_fields(RunConfig)) == ["output_dir"]
-    assert list(marked_fields(DataConfig)) == ["cache_dir", "tokenizer"]
-    assert list(marked_fields(SourceConfig)) == ["path"]
-    assert list(marked_fields(CheckpointConfig)) == ["folder"]
+    assert list(marked_fields(RunConfig, LocalPathText)) == ["output_dir"]
+    assert list(marked_fields(DataConfig, LocalPathText)) == ["cache_dir", "tokenizer"]
+    assert list(marked_fields(SourceConfig, PathText)) == ["path"]
+    assert list(marked_fields(CheckpointConfig, PathText)) == ["folder"]
     texts = {
         field.name
         for section in (RunConfig, DataConfig, SourceConfig, CheckpointConfig)
@@ -66,10 +69,10 @@ def test_every_key_that_is_a_path_is_marked_as_one() -> None:
         ("~root/run", str(Path("~root").expanduser() / "run")),
         ("$HOME/run", "/h/ada/run"),
         ("${SCRATCH}/a/$SCRATCH", "/fast/ada/a//fast/ada"),
-        ("s3://bucket$SCRATCH", "s3://bucket/fast/ada"),
+        ("s3:/bucket$SCRATCH", "s3:/bucket/fast/ada"),
         # nothing to expand
         ("runs/a~b", "runs/a~b"),
-        ("http://host/~ada/shards", "http://host/~ada/shards"),
+        ("shards/~ada:/en", "shards/~ada:/en"),
         ("cost 5$", "cost 5$"),
     ],
 )
@@ -91,6 +94,8 @@ def test_a_path_is_expanded_as_a_shell_would(
         ("$NOWHERE/run", "export NOWHERE"),
         ("a/${NOWHERE}", "export NOWHERE"),
         ("$ODD/run", "without variables"),
+        ("$EMPTY/run", "variables that are not empty; export EMPTY with a value, or write"),
+        ("runs/${EMPTY}", "export EMPTY with a value"),
     ],
 )
 def test_what_cannot_be_expanded_is_refused_in_one_line(
@@ -101,7 +106,47 @@ def test_what_cannot_be_expanded_is_refused_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("ODD", "/a/$SCRATCH")
+    monkeypatch.setenv("EMPTY", "")
     with pytest.raises(InputError, match=problem) as caught:
         load_config(run_file, [override.format(text)])
     key = override.partition("=")[0]
     assert str(caught.value).startswith(key) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("override", PATHS)
+def test_an_empty_home_is_no_folder(
+    run_file: Path, override: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "")
+    with pytest.raises(InputError, match="export HOME with a value"):
+        load_config(run_file, [override.format("~/run")])
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/run", "http://ada:secret@host/a", "file:///a/run"])
+def test_a_url_is_refused_where_only_a_local_path_can_be(
+    run_file: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BUCKET", "s3://bucket")
+    assert len(LOCAL) == 3
+    for override in LOCAL:
+        for text in (url, url.replace("s3://bucket", "$BUCKET")):
+            with pytest.raises(InputError) as caught:
+                load_config(run_file, [override.format(text)])
+            line, key = str(caught.value), override.partition("=")[0]
+            assert line.startswith(f'{key} = "{url.partition(":")[0]}://')
+            assert line.endswith(
+                "local path, not a URL; name a file or folder that is mounted here"
+            )
+            assert "secret" not in line and caught.value.key == key
+    for override in PATHS.keys() - set(LOCAL):
+        assert PATHS[override](load_config(run_file, [override.format(url)])) == url
+    with pytest.raises(InputError, match=r"config .*: must be a local path, not a URL") as caught:
+        load_config(url)
+    assert "secret" not in str(caught.value)
+
+
+def test_of_a_long_value_no_part_of_a_password_is_shown(run_file: Path) -> None:
+    """Its end, by which it is known as one, lies in the middle, which is left out."""
+    with pytest.raises(InputError, match=r"output_dir = .*\*\*\*@host/aaa") as caught:
+        load_config(run_file, [f"output_dir=http://ada:{'secret' * 40}@host/{'a' * 300}"])
+    assert "secret" not in str(caught.value) and " ... " in str(caught.value)

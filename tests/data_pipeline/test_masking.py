@@ -34,6 +34,18 @@ from data_pipeline.masking import masked, masked_in, masked_values
         ("https://to@ken@host/a", "https://***@host/a"),
         ("ftp://ada@corp.com:pass@host/a", "ftp://ada@corp.com:***@host/a"),
         ("http://a:b@c/d,s3://e:f@g/h", "http://***@c/d,s3://e:***@g/h"),
+        # digits first: not a port, whose host would have a dot
+        ("http://ada:12345/abc@host/a", "http://***@host/a"),
+        ("ftp://ada:123;abc@host/a", "ftp://ada:***@host/a"),
+        ("ftp://ada:12345@host/a", "ftp://ada:***@host/a"),
+        # blanks
+        ("http://ada:my pass@host/a", "http://***@host/a"),
+        ("ftp://ada:my p@ss word@host/a", "ftp://ada:***@host/a"),
+        ("see 'ftp://ada:p w@host/a', not 'b@c'", "see 'ftp://ada:***@host/a', not 'b@c'"),
+        # as a path is spelt
+        ("http:/ada:pass@host/a", "http:/***@host/a"),
+        ("config ftp:/ada:p/ss@host/a: missing", "config ftp:/ada:***@host/a: missing"),
+        ("http:/h/a?token=x", "http:/h/a?token=***"),
         # every sign that begins a parameter
         ("http://h/a;token=x;n=3", "http://h/a;token=***;n=3"),
         ("http://h/a#token=x&n=3", "http://h/a#token=***&n=3"),
@@ -44,6 +56,11 @@ from data_pipeline.masking import masked, masked_in, masked_values
         (
             "http://h/a?AWSAccessKeyId=x&hftoken=y&client_secret=z&APIKey=0",
             "http://h/a?AWSAccessKeyId=***&hftoken=***&client_secret=***&APIKey=***",
+        ),
+        (
+            "http://h/a?bearer=x&passcode=y&sas=z&session=0&sessionId=1&PHPSESSIONID=2&sid=3",
+            "http://h/a?bearer=***&passcode=***&sas=***&session=***&sessionId=***"
+            "&PHPSESSIONID=***&sid=***",
         ),
     ],
 )
@@ -61,11 +78,18 @@ def test_a_secret_is_masked_and_stays_masked(text: str, shown: str) -> None:
         "/a/b@c?token=x",
         "mail ada:b@c",
         "hdfs://ada@namenode:9000/a@b",
-        "http://host:8080/a@b",
+        "http://host.lan:8080/a@b",
+        "http://10.0.0.1:8080/a@b",
+        "http://localhost:8080/a@b",
+        "http://host:8080 is not there, ask a@b",
+        "http://host:8080/a: refused, ask a@b",
+        "s3://bucket: missing, ask a@b",
+        "/a/bin:/b/c:d",
+        "C:/a:b@c",
         "http://[::1]:8080/a@b",
         # words that only hold a secret's
         "http://h/a?token=&n=3",
-        "http://h/a?author=x&monkey=y;keyboard=z#max_tokens=3&tokenizer=t&design=d&passage=p",
+        "http://h/a?author=x&monkey=y;keyboard=z#max_tokens=3&tokenizer=t&design=d&passage=p&side=x",
     ],
 )
 def test_what_is_no_secret_stays(text: str) -> None:

@@ -31,6 +31,8 @@ Refused = Callable[..., str]  # function(*words) -> the line that `megadlcm WORD
 TWO = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
 UNDIVIDED = "training.global_batch_size = 4 is not a multiple"
 
+WEIGHTS = {"heavy": 1.0, "light": 1e-4, "other": 0.5}
+
 
 @pytest.fixture
 def no_group(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,6 +95,10 @@ def test_right_input_does_come_to_the_process_group(
             ["model.token_kv_heads = 1", "tensor_parallel_size = 2", "must be divisible"],
         ),
         ("data.tokenizer=absent.json", ["absent.json", "no such file", "data tokenizer"]),
+        (
+            "output_dir=s3://bucket/run",
+            ['output_dir = "s3://bucket/run"', "a local path", "name a"],
+        ),
     ],
 )
 def test_a_wrong_value_is_one_line_with_key_value_rule_and_way_out(
@@ -182,6 +188,18 @@ def test_an_output_dir_that_cannot_be_written_is_refused(
     line = refused("train", run_file, f"output_dir={tmp_path / place}")
     assert f"output_dir = {tmp_path / place}: must be a folder that can be written to" in line
     assert "choose another one" in line
+
+
+@pytest.mark.usefixtures("no_group")
+@pytest.mark.parametrize("command", [["train"], ["plan"], ["data", "simulate"]])
+def test_a_source_that_is_too_light_is_refused_before_anything_is_built(
+    run_file: Path, refused: Refused, corpus: Path, command: list[str]
+) -> None:
+    sources = [f"{{path: {corpus / 'train'}, name: {n}, weight: {w}}}" for n, w in WEIGHTS.items()]
+    line = refused(*command, run_file, f"data.train=[{', '.join(sources)}]")
+    assert "data.train[1].weight = 0.0001 (light), must be at least 1/4096 of the sum" in line
+    assert "raise it or leave the source out" in line
+    assert not (run_file.parent / "run").exists()
 
 
 def damage(shards: Path, kind: str) -> None:

@@ -104,8 +104,8 @@ def errors_of(ranks: Ranks, victim: int) -> list[str]:
             continue
         _, complaints = process.communicate(timeout=TIMEOUT + GRACE)
         assert process.returncode == 1, complaints
-        found = [line for line in complaints.splitlines() if line.startswith("error: ")]
-        assert len(found) == 1, complaints
+        found = complaints.splitlines()  # and no stack of torch beside it
+        assert len(found) == 1 and found[0].startswith("error: "), complaints
         lines.append(found[0])
     return lines
 
@@ -269,7 +269,10 @@ def test_workers_of_a_launcher_that_was_killed_end_by_themselves(
         log = (folder / "logs" / f"rank_{rank:04d}.log").read_text()
         assert "the launcher is gone" in log
     assert launcher.stderr is not None
-    launcher.stderr.close()
+    with launcher.stderr as complaints:
+        lines = complaints.read().splitlines()
+    # and no stack of torch beside them, whose store is gone
+    assert len(lines) == 4 and all(line.startswith("error: step ") for line in lines), lines
 
 
 def test_a_single_process_whose_launcher_ended_before_it_looked_does_not_train(

@@ -24,17 +24,19 @@ _RUN_FOLDER = (
     "megadlcm.run_folder",
     *_CONFIG,
     "data_pipeline.output_folder",
+    "data_pipeline.small_file",
     "data_pipeline.storage.locks",
 )
 _DATA = ("data_pipeline.errors", "data_pipeline.masking", "data_pipeline.small_file")
 MAY_IMPORT = {
     "data_pipeline": (),
     "data_pipeline.storage": _DATA,
-    "data_pipeline.config": (*_DATA, "data_pipeline.storage"),
+    "data_pipeline.config": (*_DATA, "data_pipeline.quotas", "data_pipeline.storage"),
     "data_pipeline.shard_format": (*_DATA, "data_pipeline.storage"),
     "data_pipeline.reading": (
         *_DATA,
         "data_pipeline.config",
+        "data_pipeline.quotas",
         "data_pipeline.storage",
         "data_pipeline.shard_format",
         "data_pipeline.tokenizer",
@@ -52,7 +54,7 @@ MAY_IMPORT = {
     "data_pipeline.inspection": ("data_pipeline",),
     "data_pipeline.commands": ("data_pipeline",),
     "megadlcm": ("megadlcm.commands",),
-    "megadlcm.config": ("data_pipeline.config", "data_pipeline.errors", "data_pipeline.masking"),
+    "megadlcm.config": (*_DATA, "data_pipeline.config"),
     "megadlcm.plan": _CONFIG,
     "megadlcm.run_folder": _RUN_FOLDER,
     "megadlcm.ops": ("megadlcm.config.constants", "megadlcm.config.kernels"),

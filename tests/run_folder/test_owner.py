@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -250,6 +252,41 @@ def test_a_holder_that_has_not_said_who_it_is_is_one_nevertheless(tmp_path: Path
         assert "it has not said which process" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("locks", [True, False])
+def test_who_removes_the_file_of_a_holder_lets_nobody_in(
+    tmp_path: Path, locks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where files cannot be locked, as long as the folder can."""
+    if not locks:
+        monkeypatch.setattr(owner, "knows_locks", lambda _: False)
+    with holding(tmp_path):
+        for _ in range(2):  # the refused start left no file either
+            (tmp_path / "owner.json").unlink(missing_ok=True)
+            assert "it has not said which process" in refusal(tmp_path)
+            assert list(tmp_path.iterdir()) == []
+    with holding(tmp_path) as own:  # nothing else was wrong
+        assert read_owner(tmp_path / "owner.json") == own
+
+
+@pytest.mark.parametrize("number", [errno.EBADF, errno.ENOLCK])
+def test_where_folders_cannot_be_locked_the_file_alone_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    lock_file = fcntl.flock
+
+    def flock(descriptor: int, kind: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        lock_file(descriptor, kind)
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with holding(tmp_path) as own:
+        assert f"pid {own.pid}," in refusal(tmp_path)
+    with holding(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_who_was_followed_takes_nothing_away(tmp_path: Path) -> None:
     with holding(tmp_path):
         later = write_owner(tmp_path, attempt="later")
@@ -258,4 +295,16 @@ def test_who_was_followed_takes_nothing_away(tmp_path: Path) -> None:
 
 def test_a_folder_in_place_of_the_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "owner.json").mkdir()
-    assert f"{tmp_path / 'owner.json'} cannot be written (Is a directory)" in refusal(tmp_path)
+    assert f"{tmp_path / 'owner.json'}: must be a file" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_a_pipe_in_its_place_is_not_waited_for(
+    tmp_path: Path, locks: bool, request: pytest.FixtureRequest
+) -> None:
+    if not locks:
+        request.getfixturevalue("no_locks")
+    os.mkfifo(tmp_path / "owner.json")
+    assert read_owner(tmp_path / "owner.json") is None
+    assert f"{tmp_path / 'owner.json'}: must be a file" in refusal(tmp_path)
+    assert (tmp_path / "owner.json").is_fifo()

@@ -13,6 +13,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from data_pipeline.errors import InputError
 from megadlcm.checkpoint.load_model import load_model
+from megadlcm.commands.main import main
 from megadlcm.config import RunConfig, load_config
 from megadlcm.run_folder.rows import read_rows
 from megadlcm.training import pretrain
@@ -103,3 +104,22 @@ def test_a_password_is_nowhere_and_may_change(
     assert "holds a password" in printed
     assert "-secret" not in printed + caplog.text + str(caught.value)
     assert secrets_in(folder) == set()
+
+
+def test_commands_on_a_folder_do_not_show_its_password(
+    shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    url = guarded(shards / "train", "other-secret")[0]["path"]
+    cache = ["--cache-dir", str(tmp_path / "copies")]
+    shown = f"guarded://ada:***@host{shards}/train"
+    commands = (["inspect", url], ["verify", url, *cache], ["preview", url, *cache])
+    for words in commands:
+        assert main(["data", *words]) == 0
+        printed = "".join(capfd.readouterr())
+        assert shown in printed and "-secret" not in printed
+    # damage, of which a line tells each time
+    damaged = next((shards / "train").glob("*.documents.npy"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert main(["data", "verify", url, *cache]) == 2
+    printed = "".join(capfd.readouterr())
+    assert f"{shown}/{damaged.name}" in printed and "-secret" not in printed

@@ -13,8 +13,8 @@ from data_pipeline.prepare.formats.format import Piece, TextDocument
 
 FIELDS = ("text", "id", "domain", "source")
 """What is read of a record."""
-RECORD_BYTES = 64 << 20
-"""Most bytes of a record: to encode a text takes about a hundred times as much memory as it has."""
+RECORD_BYTES = 16 << 20
+"""Most bytes of a record: to encode a text takes 170 times as much memory, 300 at the worst."""
 BOM = b"\xef\xbb\xbf"
 """Some editors and programs write it before UTF-8; it is no part of the text."""
 # numbers, dates and the like have one plain spelling, what is nested or bytes has none

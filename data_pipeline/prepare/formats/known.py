@@ -32,12 +32,13 @@ ENDINGS = tuple(ending for each in FORMATS for ending in each.endings)
 def format_named(name: str) -> Format | None:
     """Returns the format of files that are called so, None where there is none."""
     # No ending is that of two formats, so that the order of the rows decides nothing.
-    return next((each for each in FORMATS if name.endswith(each.endings)), None)
+    return next((each for each in FORMATS if name.lower().endswith(each.endings)), None)
 
 
 def ending_of(name: str) -> str:
-    """Returns which of ENDINGS a file name has, empty where it has none."""
-    return next((ending for ending in ENDINGS if name.endswith(ending)), "")
+    """Returns which of ENDINGS a file name has, in its own letters; empty where it has none."""
+    found = next((ending for ending in ENDINGS if name.lower().endswith(ending)), "")
+    return name[len(name) - len(found) :]
 
 
 def format_of(file: InputFile) -> Format:

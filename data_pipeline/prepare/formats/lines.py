@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -18,10 +17,6 @@ from data_pipeline.prepare.formats.fields import (
     record_document,
 )
 from data_pipeline.prepare.formats.format import Piece, TextDocument
-
-SEEN_BYTES = 1 << 16
-"""How much of a file is looked at to tell what it is."""
-TEXT_FIELD = re.compile(r'"text"\s*:\s*"')
 
 
 def cut_lines(
@@ -97,31 +92,6 @@ def line_documents(piece: Piece, domain: str) -> Iterator[tuple[int, TextDocumen
             yield offset, record_document(record, piece, offset, domain, origin)
 
 
-def begins_with_record(path: Path) -> bool:
-    """Whether a file holds JSON lines, or a list of such objects, judged by the first of them.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    try:
-        with open(path, "rb") as file:
-            head = file.read(SEEN_BYTES).removeprefix(BOM)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the file") from error
-    begun = head.decode("utf-8", "replace").lstrip()
-    # In a list an object may stand on many lines, outside of one it is a file of its own.
-    is_list = begun.startswith("[")
-    begun = begun[1:].lstrip() if is_list else begun.partition("\n")[0]
-    if not begun.startswith("{"):
-        return False
-    try:
-        first, _ = json.JSONDecoder().raw_decode(begun)
-    except (ValueError, RecursionError):
-        # Longer than what is seen, a first object is known by its field alone.
-        return len(head) == SEEN_BYTES and TEXT_FIELD.search(begun) is not None
-    return isinstance(first.get("text"), str)
-
-
 def _parse_record(line: bytes, origin: str) -> dict[str, Any]:
     """Returns the JSON object of a line; its "text" is a string or null."""
     try:
@@ -131,11 +101,15 @@ def _parse_record(line: bytes, origin: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # ValueError also for too long an integer
         raise InputError(
             f"{origin}: not JSON that can be read ({error}); every line must be an object with a "
-            "`text`; fix or remove the line"
+            "`text`; fix or remove the line, or, if the file is one value on many lines, write the "
+            "objects of its list on a line each (`jq -c '.[]'`)"
         ) from error
     if not isinstance(record, dict):
         kind = type(record).__name__
-        raise InputError(f"{origin}: a {kind}, must be an object with a `text`; fix the line")
+        raise InputError(
+            f"{origin}: a {kind}, must be an object with a `text`; fix the line, or write the "
+            "objects of a list on a line each (`jq -c '.[]'`)"
+        )
     if isinstance(record, _Repeated):
         check_once(record.names, origin)
     text = record.get("text", False)

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 BATCH_ROWS = 256
 DECODED_BYTES = 32 << 20
 """No more rows are decoded at once than BATCH_ROWS, and than take about so much memory."""
+BUFFER_BYTES = 1 << 20
+REPEATED_BYTES = 64 << 20
+"""A smaller row group is read as dictionaries: a page of a kilobyte may repeat a text of megabytes
+in every row. The library keeps all texts of the group, five times, until its end."""
+MOST_PACKED = 100
+"""How many times smaller a larger row group may be as stored; texts are about three times so."""
 
 
 def cut_rows(
@@ -41,20 +47,27 @@ def cut_rows(
     try:
         metadata = pyarrow.parquet.read_metadata(raw)
         columns = _columns(path, metadata.schema.to_arrow_schema())
-        # As dictionaries: a page of a kilobyte may repeat a text of megabytes in every row.
-        with pyarrow.parquet.ParquetFile(
-            raw, metadata=metadata, page_checksum_verification=True, read_dictionary=columns
-        ) as file:
-            row = 0
-            for number in range(file.num_row_groups):
-                group = metadata.row_group(number)
-                # Whole row groups before the place are not read: a restart costs no more than the
-                # group it is in.
-                if row + group.num_rows > skip:
-                    rows = _rows_at_once(group, columns)
+        row = 0
+        for number in range(metadata.num_row_groups):
+            group = metadata.row_group(number)
+            # Whole row groups before the place are not read: a restart costs no more than the
+            # group it is in.
+            if row + group.num_rows > skip:
+                stored, size = _sizes(group, columns)
+                _check_packing(stored, size, f"{path}: row group {number + 1}")
+                # A buffer, or all of the row group would be kept in memory.
+                with pyarrow.parquet.ParquetFile(
+                    raw,
+                    metadata=metadata,
+                    page_checksum_verification=True,
+                    read_dictionary=columns if size <= REPEATED_BYTES else None,
+                    buffer_size=BUFFER_BYTES,
+                    pre_buffer=False,
+                ) as file:
+                    rows = max(1, min(BATCH_ROWS, DECODED_BYTES * group.num_rows // max(size, 1)))
                     batches = file.iter_batches(rows, row_groups=[number], columns=columns)
                     yield from _pieces(path, batches, row, skip, piece_bytes)
-                row += group.num_rows
+            row += group.num_rows
     except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
@@ -62,10 +75,23 @@ def cut_rows(
         ) from error
 
 
-def _rows_at_once(group: pyarrow.parquet.RowGroupMetaData, columns: list[str]) -> int:
-    chunks = (group.column(number) for number in range(group.num_columns))
-    size = sum(each.total_uncompressed_size for each in chunks if each.path_in_schema in columns)
-    return max(1, min(BATCH_ROWS, DECODED_BYTES * group.num_rows // max(size, 1)))
+def _sizes(group: pyarrow.parquet.RowGroupMetaData, columns: list[str]) -> tuple[int, int]:
+    """Returns how many bytes of a row group are read, as stored and unpacked."""
+    chunks = [group.column(number) for number in range(group.num_columns)]
+    read = [chunk for chunk in chunks if chunk.path_in_schema in columns]
+    return (
+        sum(chunk.total_compressed_size for chunk in read),
+        sum(chunk.total_uncompressed_size for chunk in read),
+    )
+
+
+def _check_packing(stored: int, size: int, origin: str) -> None:
+    """Raises InputError where a few bytes unpack to more than memory should hold."""
+    if size > REPEATED_BYTES and size > MOST_PACKED * stored:
+        raise InputError(
+            f"{origin}: {stored:,} bytes that unpack to {size:,}, more than {MOST_PACKED} times as "
+            f"many; write it again with row groups of at most {REPEATED_BYTES:,} bytes"
+        )
 
 
 def _pieces(
@@ -108,9 +134,14 @@ def _ends(path: Path, batch: pyarrow.RecordBatch, row: int) -> np.ndarray:
 
     sizes = np.full(batch.num_rows, 8, dtype=np.int64)  # of a number; no piece is without an end
     for column in batch.columns:
-        if pyarrow.types.is_dictionary(column.type):
+        kind = column.type
+        if pyarrow.types.is_dictionary(kind):
             lengths = pyarrow.compute.binary_length(column.dictionary).take(column.indices)
-            sizes += np.asarray(lengths.fill_null(0))
+        elif pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
+            lengths = pyarrow.compute.binary_length(column)
+        else:
+            continue
+        sizes += np.asarray(lengths.fill_null(0))
     largest = int(sizes.argmax())
     check_size(int(sizes[largest]), f"{path}: row {row + largest + 1}")
     ends: np.ndarray = sizes.cumsum()

@@ -14,8 +14,9 @@ from data_pipeline import read_index
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.errors import InputError
 from data_pipeline.inspection.simulate import RunShape, Simulator, render_simulation
+from data_pipeline.quotas import source_quotas
 from data_pipeline.reading.least_recent import KEPT_SHARDS
-from data_pipeline.reading.mixture import Mixture, source_quotas
+from data_pipeline.reading.mixture import Mixture
 from data_pipeline.reading.order import WINDOW_ORDER, SourceOrder, Stretch, WindowPlace, permutation
 from tests.support.tiny_shards import config_of, one_line
 

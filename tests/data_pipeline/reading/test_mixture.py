@@ -12,13 +12,8 @@ from hypothesis import strategies as st
 
 from data_pipeline.config import SourceConfig
 from data_pipeline.errors import InputError
-from data_pipeline.reading.mixture import (
-    MAX_PERIOD,
-    SPREAD,
-    Mixture,
-    rounded_shares,
-    source_quotas,
-)
+from data_pipeline.quotas import MAX_PERIOD, rounded_shares, source_quotas
+from data_pipeline.reading.mixture import SPREAD, Mixture
 from tests.support.tiny_shards import one_line
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -217,3 +218,29 @@ def test_large_rows_are_decoded_in_few(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(parquet, "_ends", counting)
     assert [document.text for document in read(path)] == texts
     assert sum(counted) == 40 and 1 < max(counted) <= 6
+
+
+def test_a_row_group_that_unpacks_to_far_more_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Different texts of megabytes in a page of kilobytes; in small row groups they are read."""
+    monkeypatch.setattr(parquet, "REPEATED_BYTES", 1 << 20)
+    texts = [f"{number}".ljust(100_000) for number in range(40)]
+    options = {"use_dictionary": False, "compression": "zstd"}
+    path = write(tmp_path / "a.parquet", {"text": texts}, **options)
+    with pytest.raises(InputError, match=r"a\.parquet: row group 1: .* unpack to 4,0") as error:
+        read(path)
+    one_line(error)
+    write(path, {"text": texts}, row_group_size=8, **options)
+    assert [document.text for document in read(path)] == texts
+
+
+def test_a_large_row_group_is_not_kept_in_memory(tmp_path: Path) -> None:
+    """Only a small one is read as dictionaries, which grow to the end of the group."""
+    texts = [f"{number} {random.Random(number).randbytes(4000).hex()}" for number in range(10_000)]
+    path = write(tmp_path / "a.parquet", {"text": texts})
+    before = pyarrow.total_allocated_bytes()
+    files = find_inputs([str(path)], Counter())
+    most = max(pyarrow.total_allocated_bytes() for _ in read_pieces(files, ReadProgress()))
+    assert sum(map(len, texts)) > parquet.REPEATED_BYTES
+    assert most - before < 48 << 20
