@@ -64,6 +64,7 @@ def convert_to_files(
     writer = _Writer(source, target, source.manifest.keys, watch)
     with writer:
         entries = {}
+        sizes = index.array_sizes(len(held), source.manifest.keys)
         for number, ranges in enumerate(held):
             items = [
                 (part, key)
@@ -71,7 +72,7 @@ def convert_to_files(
                 for part in ranges
                 if key == MASTER or writer.is_parameter(part.tensor)
             ]
-            header = rank_file_header(index.array_sizes(number, source.manifest.keys))
+            header = rank_file_header(sizes[number])
             name = rank_file_name(number)
             entries[name] = writer.put(name, [header], items)
         rank_files = list(entries)

@@ -56,10 +56,11 @@ class Flight:
         if self.is_cancelled:
             raise CancelledError("cancelled")
 
-    def cancel(self, patience: float) -> None:
-        """Ends it where it next gets further; waits for that, but not for ever."""
+    def cancel(self, patience: float) -> bool:
+        """Ends it where it next gets further; whether it did so in that many seconds."""
         self.is_cancelled = True
         self._thread.join(patience)
+        return not self._thread.is_alive()
 
     def find_problem(self, rank: int, timeout_seconds: float) -> str:
         """Why it failed, or that it hangs; empty if neither."""

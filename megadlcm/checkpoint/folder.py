@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -229,16 +229,26 @@ def _places(index: Index, manifest: Manifest) -> dict[tuple[int, str], tuple[str
     """Where the arrays of the rank files begin: their headers follow from the index."""
     if len(index.rows) and int(index.rows[:, 4].max()) >= len(manifest.rank_files):
         raise InputError(f"{INDEX} speaks of files that the manifest does not have")
-    places = {}
-    for number, name in enumerate(manifest.rank_files):
-        sizes = index.array_sizes(number, manifest.keys)
+    places, ends = array_places(index, manifest.rank_files, manifest.keys)
+    for name, end in ends.items():
+        if end != manifest.files[name].size:
+            raise InputError(f"{INDEX} does not fit the size of {name}")
+    return places
+
+
+def array_places(
+    index: Index, rank_files: Sequence[str], keys: Sequence[str]
+) -> tuple[dict[tuple[int, str], tuple[str, int]], dict[str, int]]:
+    """Where each array of each rank file begins, by file number and key; where each file ends."""
+    places, ends = {}, {}
+    all_sizes = index.array_sizes(len(rank_files), keys)
+    for number, (name, sizes) in enumerate(zip(rank_files, all_sizes, strict=True)):
         begin = len(rank_file_header(sizes))
         for key, size in sizes.items():
             places[number, key] = (name, begin)
             begin += 4 * size
-        if begin != manifest.files[name].size:
-            raise InputError(f"{INDEX} does not fit the size of {name}")
-    return places
+        ends[name] = begin
+    return places, ends
 
 
 def candidates(storage: CheckpointStorage) -> Iterator[tuple[str, Checkpoint | InputError]]:

@@ -198,17 +198,22 @@ class Index:
     def _numbers(self) -> dict[str, int]:
         return {name: number for number, name in enumerate(self.names)}
 
-    def array_sizes(self, file: int, keys: Sequence[str]) -> dict[str, int]:
-        """Elements of the arrays of a file: of `master`, which has buffers too, and of the states.
+    def array_sizes(self, num_files: int, keys: Sequence[str]) -> list[dict[str, int]]:
+        """Elements of the arrays of each file: of `master`, which has buffers too, and of states.
 
         Args:
-            file: its number.
+            num_files: how many there are.
             keys: kinds of optimizer state.
         """
-        rows = self.rows[self.rows[:, 4] == file]
-        lengths = rows[:, 3] - rows[:, 2]
-        own = int(lengths[rows[:, 0] < self.num_parameters].sum())
-        return {"master": int(lengths.sum())} | dict.fromkeys(keys, own)
+        lengths, files = self.rows[:, 3] - self.rows[:, 2], self.rows[:, 4]
+        of_parameters = np.where(self.rows[:, 0] < self.num_parameters, lengths, 0)
+        masters, states = (np.zeros(num_files, np.int64) for _ in range(2))
+        np.add.at(masters, files, lengths)
+        np.add.at(states, files, of_parameters)
+        return [
+            {"master": int(all_of_it)} | dict.fromkeys(keys, int(own))
+            for all_of_it, own in zip(masters, states, strict=True)
+        ]
 
     def range_of(self, row: int) -> Range:
         """The slice of a row."""

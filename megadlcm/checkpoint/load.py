@@ -39,6 +39,8 @@ def load(engine: TrainingEngine, checkpoint: Checkpoint) -> ReadVolume:
         DamageError: on every process, where one found damage: the engine has to be loaded again.
     """
     mesh = engine.mesh
+    for fence in engine.fences:
+        fence()
     make_states(engine, checkpoint.manifest.keys, checkpoint.description.get("optimizer_step"))
     problem, volume = "", ReadVolume()
     try:

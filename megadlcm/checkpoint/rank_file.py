@@ -31,8 +31,8 @@ class Report:
     """None where it holds nothing."""
     fingerprints: Fingerprints = field(default_factory=dict)
     """Of its slices, by tensor: master, then each kind of state."""
-    problem: str = ""
-    """Why it failed."""
+    optimizer_step: int | None = None
+    """What its optimizer counts; None where it has no state."""
 
 
 def array_sizes(slices: Sequence[Slice], keys: Sequence[str]) -> dict[str, int]:

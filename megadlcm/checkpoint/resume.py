@@ -21,6 +21,7 @@ from megadlcm.checkpoint.folder import (
 from megadlcm.checkpoint.load import DamageError, load
 from megadlcm.checkpoint.storage import CheckpointStorage
 from megadlcm.config import ModelConfig, MupConfig, RunConfig, config_to_dict
+from megadlcm.config.training import OPTIMIZERS
 from megadlcm.engine.engine import TrainingEngine
 from megadlcm.engine.state import TrainState
 
@@ -76,6 +77,7 @@ def resume(
         path = storage.where(chosen.name)
         phases = check_continuable(chosen.description, config, chosen.name)
         try:
+            _check_states(chosen, config)
             load(engine, chosen)
         except DamageError as error:
             damaged.append(f"{chosen.name}: {error}")
@@ -89,6 +91,14 @@ def resume(
         start = state.restart_count + 1
         logger.info("resumed from %s (step %d, start %d)", path, state.step, start)
         return state
+
+
+def _check_states(chosen: Checkpoint, config: RunConfig) -> None:
+    """Raises DamageError where the optimizer would begin anew without a word."""
+    wanted = OPTIMIZERS[config.optimizer.name].num_moments
+    if len(chosen.manifest.keys) != wanted:
+        found = ", ".join(chosen.manifest.keys) or "none"
+        raise DamageError(f"its optimizer state is not that of {config.optimizer.name} ({found})")
 
 
 def _good(storage: CheckpointStorage, damaged: list[str]) -> Iterator[Checkpoint]:

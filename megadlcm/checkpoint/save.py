@@ -227,6 +227,7 @@ class Saver:
         ]
         started = time.monotonic()
         flight, report = self._writer.start(name, slices, keys, live)
+        report.optimizer_step = description["optimizer_step"]
         self._save = _Save(name, description, flight, report, started)
 
     def _agree(self, slices: list[Slice]) -> list[str]:
@@ -254,6 +255,9 @@ class Saver:
         save.flight, save.is_publishing = Flight("checkpoint publish", work).start(), True
 
     def _publish(self, save: _Save, reports: list[Report]) -> None:
+        counts = {each.optimizer_step for each in reports if each.optimizer_step is not None}
+        if len(counts) > 1:
+            raise SaveError(f"processes count different optimizer steps: {sorted(counts)}")
         partition, name = self.engine.partition, save.name
         num_parameters = sum(spec.is_parameter for spec in partition.specs.values())
         writers = [rank for rank, ranges in enumerate(self._held) if ranges]
@@ -307,9 +311,10 @@ class Saver:
         save = self._save
         assert save is not None
         self._save = None
-        save.flight.cancel(_SECONDS_TO_CANCEL)
+        has_ended = save.flight.cancel(_SECONDS_TO_CANCEL)
         self.engine.mesh.barrier()  # nobody writes into what rank 0 removes
-        if self.engine.mesh.is_writer:
+        # one that hangs might publish what is being removed: the next start removes it
+        if self.engine.mesh.is_writer and has_ended:
             self.storage.abandon(save.name, self.attempt)  # the room may be needed
         self._count_failure(save.name, problems)
 
@@ -318,7 +323,7 @@ class Saver:
         text = f"checkpoint {name} was not saved: {'; '.join(problems)}"
         if self.num_failures >= self.options.max_failures:
             raise SaveError(text)
-        logger.warning("%s; training goes on, and tries again at the next one", text)
+        logger.warning("training goes on until the next one, although %s", text)
 
     def _description(self, state: TrainState) -> dict[str, Any]:
         _, step = state_keys(self.engine)

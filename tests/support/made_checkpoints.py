@@ -65,8 +65,9 @@ def make_checkpoint(
     storage.begin(name, maker.attempt, 0)
     held = share_out(shapes, num_files)
     index = Index.of(shapes, len(maker.parameters), held)
+    sizes = index.array_sizes(len(held), KEYS)
     for number, ranges in enumerate(held):
-        header = rank_file_header(index.array_sizes(number, KEYS))
+        header = rank_file_header(sizes[number])
         maker.put(rank_file_name(number), maker.contents(header, ranges))
     maker.put(INDEX, [index.encode()])
     maker.put(files.STATE, [json.dumps(_description(step, num_files)).encode()])
