@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import InputError
-from megadlcm.checkpoint import load as loading
 from megadlcm.checkpoint import slices
 from megadlcm.checkpoint.folder import Checkpoint, open_checkpoint, storage_of
 from megadlcm.checkpoint.index import Piece, Range
 from megadlcm.checkpoint.load import DamageError, load
-from megadlcm.checkpoint.reading import ReadJob
+from megadlcm.checkpoint.reading import ReadJob, jobs_for
 from megadlcm.config import RunConfig
 from megadlcm.engine.engine import TrainingEngine
 from megadlcm.engine.masters import MasterPart, master_parts
@@ -52,11 +51,11 @@ def of_another_tensor(
     checkpoint: Checkpoint, wanted: Range, key: str, target: Any
 ) -> list[ReadJob]:
     """As if keys lay where queries do, which have the same shape."""
-    other = replace(wanted, tensor=wanted.tensor.replace(".wk.", ".wq."))
+    other = replace(wanted, tensor=wanted.tensor.replace(".attention.wk.", ".attention.wq."))
     return jobs_for(checkpoint, other, key, target)
 
 
-slices_piece_of, jobs_for = slices.piece_of, loading.jobs_for
+slices_piece_of = slices.piece_of
 
 
 def outcome(config: RunConfig) -> str:
