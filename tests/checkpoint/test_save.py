@@ -52,47 +52,54 @@ def names(config: RunConfig) -> list[str]:
     return sorted(os.listdir(Path(config.output_dir) / "checkpoints"))
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 3])
-@pytest.mark.parametrize("has_fence", [True, False])
-def test_a_save_has_the_state_of_its_step_although_training_goes_on(
-    zero_stage: int, has_fence: bool, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The copy begins when the next step is about to change what it copies."""
-    config = make_run(checkpoint=asynchronous(), parallel={"zero_stage": zero_stage})
+def save_beside_a_step(config: RunConfig, has_fence: bool) -> dict[str, list[str]]:
+    """Saves, and begins to copy when the next step is about to change what is copied.
+
+    In a process of its own: stage 3 changes how torch multiplies in the whole process.
+    """
     may_copy, copy = threading.Event(), Staging._copy
 
     def late(self: Staging, *slices: Any) -> None:
         assert may_copy.wait(LATE)
         copy(self, *slices)
 
-    monkeypatch.setattr(Staging, "_copy", late)
-    engine, state, saver = begun(config, lambda *_: None)
-    saved = whole(engine)
-    saver.request(state)
-    if has_fence:
-        engine.fences.insert(0, may_copy.set)
-    else:
-        engine.fences.clear()
-    run_steps(engine, config, state, 1)
-    may_copy.set()
-    saver.wait()
-    model, optimizer, description = load_tensors(
-        Path(config.output_dir) / "checkpoints" / "step_0000000001"
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Staging, "_copy", late)
+        engine, state, saver = begun(config, lambda *_: None)
+        saved = whole(engine)
+        saver.request(state)
+        if has_fence:
+            engine.fences.insert(0, may_copy.set)
+        else:
+            engine.fences.clear()
+        run_steps(engine, config, state, 1)
+        may_copy.set()
+        saver.wait()
+    folder = Path(config.output_dir) / "checkpoints" / "step_0000000001"
+    model, optimizer, description = load_tensors(folder)
     assert description["train_state"]["step"] == 1
-    found = model | optimizer
-    assert found.keys() == saved.keys()
-    same = [torch.equal(found[name], saved[name]) for name in saved]
-    # the negative control: without the fence the copy is one of another step
-    assert (
-        all(same)
-        if has_fence
-        else not any(
-            torch.equal(found[name], saved[name]) for name in saved if name.endswith("exp_avg")
-        )
-    )
-    now = whole(engine)
-    assert not any(torch.equal(now[name], saved[name]) for name in saved if ".exp_avg" in name)
+    found, now = model | optimizer, whole(engine)
+    assert found.keys() == saved.keys() == now.keys()
+    moments = [name for name in saved if ".exp_avg" in name]
+    return {
+        "all": moments,
+        "differ": [name for name in saved if not torch.equal(found[name], saved[name])],
+        "moved": [name for name in moments if not torch.equal(now[name], saved[name])],
+    }
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+@pytest.mark.parametrize("has_fence", [True, False])
+def test_a_save_has_the_state_of_its_step_although_training_goes_on(
+    zero_stage: int, has_fence: bool, make_run: MakeRun
+) -> None:
+    config = make_run(checkpoint=asynchronous(), parallel={"zero_stage": zero_stage})
+    (found,) = run_distributed(save_beside_a_step, 1, config, has_fence)
+    assert found["moved"] == found["all"] != []
+    if has_fence:
+        assert found["differ"] == []
+    else:  # the negative control: the copy is one of another step
+        assert set(found["all"]) <= set(found["differ"])
 
 
 def test_a_save_that_is_due_waits_for_the_one_before(make_run: MakeRun) -> None:

@@ -66,6 +66,10 @@ def test_this_version_has_these_commands_and_no_others() -> None:
         "checkpoint list",
         "checkpoint verify",
         "checkpoint inspect",
+        "checkpoint diff",
+        "checkpoint convert",
+        "checkpoint pin",
+        "checkpoint unpin",
         "quickstart",
     }
 
@@ -81,7 +85,7 @@ def test_this_version_has_these_commands_and_no_others() -> None:
         (["plan", QUICKSTART, "--frob"], "unknown argument --frob"),
         (["plan"], "required: CONFIG"),
         (["plan", QUICKSTART, "stray"], "override 'stray' must be key=value"),
-        (["train", QUICKSTART, "checkpoint.async=true"], "checkpoint.async = true"),
+        (["train", QUICKSTART, "checkpoint.keep_every=-1"], "checkpoint.keep_every = -1"),
         (["frob"], "invalid choice: 'frob'"),
         (["checkpoint", "list", "absent"], "absent"),
         (["data", "inspect", "a\x1b[2J\nerror: \u202eb"], "a\\x1b[2J\\nerror: \\u202eb"),

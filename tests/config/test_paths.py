@@ -37,7 +37,7 @@ def home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOWHERE", raising=False)
 
 
-LOCAL = [override for override in PATHS if "path" not in override]
+LOCAL = [override for override in PATHS if "path" not in override and "folder" not in override]
 
 
 def marked_fields(section: Any, mark: Any) -> Iterator[str]:

@@ -126,5 +126,5 @@ def test_a_start_that_can_load_none_of_its_checkpoints_does_not_begin_anew(
     before = (run_folder / "metrics.jsonl").read_bytes()
     line = refused("train", run_folder / "config.yaml", f"output_dir={run_folder}")
     assert "it has checkpoints, and none can be loaded (step_0000000006: rank 0: rank_" in line
-    assert "remove its folder checkpoints to start from scratch" in line
+    assert f"remove {run_folder}/checkpoints to start from scratch" in line
     assert (run_folder / "metrics.jsonl").read_bytes() == before

@@ -45,10 +45,10 @@ def hear(config: RunConfig) -> list[tuple[str, str]]:
     for failure in (*FAILURES, None):
 
         @contextlib.contextmanager
-        def holding(*_: object, failure: Exception | None = failure) -> Iterator[None]:
+        def holding(*_: object, failure: Exception | None = failure) -> Iterator[Owner]:
             if failure is not None:
                 raise failure
-            yield
+            yield Owner.of_this_process()
 
         with mock.patch.object(pretrain, "holding", holding):
             try:
