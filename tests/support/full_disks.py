@@ -31,7 +31,7 @@ def small_disk(folder: Path, num_bytes: int, num_files: int = 1000) -> Iterator[
     try:
         done = subprocess.run(command, check=False, capture_output=True, text=True)
     except FileNotFoundError:
-        pytest.skip("there is no command `mount`")
+        pytest.skip("no command `mount`; install util-linux")
     if done.returncode:
         pytest.skip(f"no disk may be mounted here ({done.stderr.strip()}); run the tests as root")
     try:

@@ -16,8 +16,10 @@ BUCKET = "bucket"
 @contextlib.contextmanager
 def object_server() -> Iterator[None]:
     """Runs one that s3:// URLs lead to, here and in processes started here; its bucket is empty."""
-    server_module = pytest.importorskip("moto.server", reason="moto is not installed")
-    pytest.importorskip("s3fs", reason="s3fs is not installed")
+    server_module = pytest.importorskip(
+        "moto.server", reason="moto is not installed; run `make install`"
+    )
+    pytest.importorskip("s3fs", reason="s3fs is not installed; run `make install`")
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request
     server = server_module.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
