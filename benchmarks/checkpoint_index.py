@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.measuring import machine
 from megadlcm.checkpoint.folder import array_places
 from megadlcm.checkpoint.format import rank_file_name
-from megadlcm.checkpoint.index import Index, Piece, Range, Shape
+from megadlcm.checkpoint.index import Index, Range, Shape
 from megadlcm.checkpoint.slices import whole_shapes
 from megadlcm.config import load_config
 from megadlcm.parallel.partition import make_partition
@@ -77,14 +77,14 @@ def measure(shapes: dict[str, Shape], num_parameters: int, cut: Cut, ranks: int)
 
 def cut_each(shapes: dict[str, Shape], ranks: int) -> list[list[Range]]:
     """Every tensor over all ranks."""
-    wholes = [_whole(name, shape) for name, shape in shapes.items()]
+    wholes = [Range.whole(name, shape) for name, shape in shapes.items()]
     parts = [[whole.part(rank, ranks) for whole in wholes] for rank in range(ranks)]
     return [[part for part in own if len(part)] for own in parts]
 
 
 def cut_flat(shapes: dict[str, Shape], ranks: int) -> list[list[Range]]:
     """The concatenation of all tensors over all ranks."""
-    wholes: Sequence[Range] = [_whole(name, shape) for name, shape in shapes.items()]
+    wholes: Sequence[Range] = [Range.whole(name, shape) for name, shape in shapes.items()]
     total = sum(len(whole) for whole in wholes)
     held: list[list[Range]] = [[] for _ in range(ranks)]
     begin = 0
@@ -97,11 +97,6 @@ def cut_flat(shapes: dict[str, Shape], ranks: int) -> list[list[Range]]:
                 held[rank].append(Range(whole.tensor, whole.piece, low - begin, high - begin))
         begin = end
     return held
-
-
-def _whole(name: str, shape: Shape) -> Range:
-    piece = Piece((0,) * len(shape), shape)
-    return Range(name, piece, 0, piece.size)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from data_pipeline.prepare.write_shards import PrepareOptions, prepare
 from data_pipeline.tokenizer import train_tokenizer
 from megadlcm.checkpoint.folder import Checkpoint, candidates, open_checkpoint
 from megadlcm.checkpoint.format import INDEX, Manifest, rank_file_header, write_blocks
-from megadlcm.checkpoint.index import Index, Piece, Range
+from megadlcm.checkpoint.index import Index, Range
 from megadlcm.checkpoint.storage import LocalStorage
 from megadlcm.checkpoint.verifying import find_damage
 from megadlcm.run_folder import files
@@ -106,7 +106,7 @@ def _save_bare(storage: LocalStorage, step: int, attempt: str) -> None:
     name, size = files.step_name(step), 3000
     storage.begin(name, attempt, 4 * size)
     values = np.full(size, step, np.float32)
-    index = Index.of({"w": (size,)}, 1, [[Range("w", Piece((0,), (size,)), 0, size)]])
+    index = Index.of({"w": (size,)}, 1, [[Range.whole("w", (size,))]])
     contents: dict[str, list[Any]] = {
         "rank_00000.safetensors": [rank_file_header({"master": size}), values.data.cast("B")],
         INDEX: [index.encode()],

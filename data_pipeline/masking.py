@@ -45,6 +45,11 @@ def is_url(location: object) -> bool:
     return "://" in str(location)
 
 
+def is_remote(location: object) -> bool:
+    """Whether it is a URL of something else than a folder of this machine."""
+    return is_url(location) and not str(location).startswith("file://")
+
+
 def masked(text: str) -> str:
     """Returns a text in which no URL shows a password, or a parameter's token.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from data_pipeline.errors import InputError
-from data_pipeline.masking import MASK, is_url, masked
+from data_pipeline.masking import MASK, is_remote, is_url, masked
 from data_pipeline.storage.interface import Location, Storage, StorageOptions
 from data_pipeline.storage.local import LocalFolder
 
@@ -21,7 +21,7 @@ def open_storage(location: Location, options: StorageOptions | None = None) -> S
             f"{text}: its password was masked where this was saved; name the URL again, for a run "
             "as data.train=[{path: URL}], or leave passwords to ~/.netrc or the environment"
         )
-    if is_url(text) and not text.startswith("file://"):
+    if is_remote(text):
         # fsspec takes longer to load than all the rest of reading: not for who reads a path
         from data_pipeline.storage.remote_folder import RemoteFolder
 

@@ -31,9 +31,15 @@ from megadlcm.checkpoint.format import (
     rank_file_name,
     write_blocks,
 )
-from megadlcm.checkpoint.index import Index, Piece, Range, Shape
+from megadlcm.checkpoint.index import Index, Range, Shape
 from megadlcm.checkpoint.reading import BlockReader, ReadJob, jobs_for
-from megadlcm.checkpoint.storage import CheckpointStorage, LocalStorage, NewFile, read_whole
+from megadlcm.checkpoint.storage import (
+    CheckpointStorage,
+    LocalStorage,
+    NewFile,
+    abandoned_on_error,
+    read_whole,
+)
 from megadlcm.run_folder import files
 from megadlcm.run_folder.events import now
 
@@ -110,7 +116,7 @@ def convert_to_whole_tensors(
     keys = source.manifest.keys if with_optimizer else []
     shapes = source.index.shapes
     writer = _Writer(source, target, keys, watch, is_hashing=True)
-    whole = {name: _whole(name, shape) for name, shape in shapes.items()}
+    whole = {name: Range.whole(name, shape) for name, shape in shapes.items()}
     states = {
         f"{name}.{key}": (whole[name], key)
         for name in shapes
@@ -140,7 +146,7 @@ def convert_to_whole_tensors(
 
 def share_out(shapes: dict[str, Shape], num_files: int) -> list[list[Range]]:
     """Cuts the elements of all tensors, one after another, into files of nearly equal size."""
-    whole = [_whole(name, shape) for name, shape in shapes.items()]
+    whole = [Range.whole(name, shape) for name, shape in shapes.items()]
     total = sum(map(len, whole))
     borders = [total * number // num_files for number in range(num_files + 1)]
     shared: list[list[Range]] = []
@@ -153,11 +159,6 @@ def share_out(shapes: dict[str, Shape], num_files: int) -> list[list[Range]]:
             begin += len(part)
         shared.append(ranges)
     return shared
-
-
-def _whole(name: str, shape: Shape) -> Range:
-    piece = Piece((0,) * len(shape), shape)
-    return Range(name, piece, 0, piece.size)
 
 
 @dataclass
@@ -210,12 +211,9 @@ class _Writer:
         """Writes a file: some bytes, then ranges of the source, masters or kinds of state."""
         file = self._storage.create(self.target.name, self._attempt, name)
         sink = _Sink(file, self.watch, hashlib.sha256() if self.is_hashing else None)
-        try:
+        with abandoned_on_error(file):
             entry = write_blocks(sink, self._contents(before, items))
             file.finish()
-        except BaseException:
-            file.abandon()
-            raise
         if sink.digest is not None:
             self.sha256[name] = sink.digest.hexdigest()
         return entry

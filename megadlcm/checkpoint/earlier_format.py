@@ -17,7 +17,7 @@ from typing import Any
 
 from data_pipeline.errors import InputError
 from megadlcm.checkpoint.format import MASTER, FileEntry, Manifest, parse_header
-from megadlcm.checkpoint.index import Index, Piece, Range, Shape
+from megadlcm.checkpoint.index import Index, Range, Shape
 from megadlcm.checkpoint.storage import CheckpointStorage, read_blocks, read_whole
 from megadlcm.run_folder import files
 
@@ -133,8 +133,7 @@ def _contents(
     slices = []
     places: dict[tuple[int, str], tuple[str, int]] = {}
     for number, (each, shape) in enumerate(shapes.items()):
-        piece = Piece((0,) * len(shape), shape)
-        slices.append([Range(each, piece, 0, piece.size)])
+        slices.append([Range.whole(each, shape)])
         places[number, MASTER] = (files.MODEL, model[each][0])
         for key in keys if each in owners else ():
             places[number, key] = (files.OPTIMIZER, optimizer[f"{each}.{key}"][0])

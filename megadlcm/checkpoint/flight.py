@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from data_pipeline.errors import StorageError
 from megadlcm.checkpoint.format import rank_file_name, write_blocks
 from megadlcm.checkpoint.index import Shape
 from megadlcm.checkpoint.rank_file import Report, Staging, contents, take_fingerprints
 from megadlcm.checkpoint.slices import Slice
-from megadlcm.checkpoint.storage import CheckpointStorage, NewFile
+from megadlcm.checkpoint.storage import CheckpointStorage, NewFile, abandoned_on_error
 
 Bytes = memoryview | bytes
 
@@ -154,13 +153,3 @@ class _Watched:
     def write(self, block: Bytes) -> None:
         self._flight.advance()
         self._file.write(block)
-
-
-@contextlib.contextmanager
-def abandoned_on_error(file: NewFile) -> Iterator[None]:
-    """Gives a file up where something goes wrong."""
-    try:
-        yield
-    except BaseException:
-        file.abandon()
-        raise

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import InputError, StorageError
+from data_pipeline.masking import is_remote
 from megadlcm.checkpoint import earlier_format
 from megadlcm.checkpoint.format import (
     BLOCK_BYTES,
@@ -77,7 +78,7 @@ def storage_of(run: RunConfig | str | Path) -> CheckpointStorage:
     """
     if isinstance(run, RunConfig):
         folder, place = Path(run.output_dir), run.checkpoint.folder
-    elif is_url(run):
+    elif is_remote(run):
         return storage_at(str(run))
     else:
         folder, place = Path(run), saved_place(Path(run))
@@ -92,14 +93,9 @@ def saved_place(run_folder: Path) -> str | None:
     return place if isinstance(place, str) else None
 
 
-def is_url(place: str | Path) -> bool:
-    """Whether checkpoints there are in an object store."""
-    return "://" in str(place) and not str(place).startswith("file://")
-
-
 def storage_at(place: str) -> CheckpointStorage:
     """Checkpoints in a folder, or below a URL."""
-    if not is_url(place):
+    if not is_remote(place):
         return LocalStorage(Path(place.removeprefix("file://")))
     # takes longer to load than all the rest: not for who reads a folder
     from megadlcm.checkpoint.object_storage import ObjectStorage
@@ -270,7 +266,7 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         InputError: there is none, or the named one is damaged.
     """
-    if is_url(path):
+    if is_remote(path):
         return _at_url(str(path).rstrip("/"))
     path = Path(path)
     if (path / files.CHECKPOINTS).is_dir() or (path / files.CONFIG).is_file():

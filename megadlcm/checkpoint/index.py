@@ -50,6 +50,12 @@ class Range:
     start: int
     stop: int
 
+    @classmethod
+    def whole(cls, tensor: str, shape: Shape) -> Range:
+        """All elements of a tensor."""
+        piece = Piece((0,) * len(shape), shape)
+        return cls(tensor, piece, 0, piece.size)
+
     def __len__(self) -> int:
         return self.stop - self.start
 

@@ -10,7 +10,7 @@ import torch
 from data_pipeline.errors import InputError
 from megadlcm.checkpoint.folder import find_checkpoint
 from megadlcm.checkpoint.format import MASTER
-from megadlcm.checkpoint.index import Piece, Range
+from megadlcm.checkpoint.index import Range
 from megadlcm.checkpoint.reading import BlockReader, jobs_for
 from megadlcm.config import config_from_dict
 from megadlcm.model import LanguageModel, build_model
@@ -37,8 +37,7 @@ def load_model(path: str | Path) -> LanguageModel:
     model = model.to_empty(device="cpu")
     jobs = []
     for name, tensor in model.state_dict().items():
-        whole = Piece((0,) * tensor.dim(), tuple(tensor.shape))
-        part = Range(name, whole, 0, whole.size)
+        part = Range.whole(name, tuple(tensor.shape))
         jobs += jobs_for(checkpoint, part, MASTER, tensor.view(-1).numpy())
     try:
         BlockReader(checkpoint.storage, checkpoint.name, checkpoint.manifest.files).run(jobs)

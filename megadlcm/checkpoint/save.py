@@ -23,7 +23,7 @@ import torch
 
 from data_pipeline.errors import InputError, StorageError
 from data_pipeline.masking import masked_values
-from megadlcm.checkpoint.flight import Flight, RankWriter, abandoned_on_error
+from megadlcm.checkpoint.flight import Flight, RankWriter
 from megadlcm.checkpoint.format import (
     INDEX,
     TOKENIZER,
@@ -36,7 +36,7 @@ from megadlcm.checkpoint.index import Index, Range
 from megadlcm.checkpoint.rank_file import Report, Staging, add_fingerprints, as_text
 from megadlcm.checkpoint.retention import Retention
 from megadlcm.checkpoint.slices import Slice, count_elements, own_slices, whole_shapes
-from megadlcm.checkpoint.storage import CheckpointStorage
+from megadlcm.checkpoint.storage import CheckpointStorage, abandoned_on_error
 from megadlcm.config import RunConfig, config_to_dict
 from megadlcm.config.training import OPTIMIZERS
 from megadlcm.engine.engine import TrainingEngine

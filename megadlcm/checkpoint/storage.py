@@ -283,6 +283,16 @@ def pins_text(pins: Iterable[str]) -> bytes:
     return "".join(f"{name}\n" for name in sorted(pins)).encode()
 
 
+@contextlib.contextmanager
+def abandoned_on_error(file: NewFile) -> Iterator[None]:
+    """Gives a file up where something goes wrong."""
+    try:
+        yield
+    except BaseException:
+        file.abandon()
+        raise
+
+
 def read_whole(storage: CheckpointStorage, name: str, file: str, num_bytes: int) -> bytes:
     """Reads a file of a checkpoint that its manifest gives this size; it may be cut or longer."""
     content = bytearray(num_bytes)

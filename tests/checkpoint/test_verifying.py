@@ -12,12 +12,13 @@ import pytest
 from data_pipeline.errors import InputError
 from megadlcm.checkpoint.folder import Checkpoint, candidates, open_checkpoint
 from megadlcm.checkpoint.format import BLOCK_BYTES, MASTER
+from megadlcm.checkpoint.index import Range
 from megadlcm.checkpoint.reading import BlockReader, jobs_for
 from megadlcm.checkpoint.storage import LocalStorage
 from megadlcm.checkpoint.verifying import verify
 from tests.support.damage import flip_bit
 from tests.support.hooked_storage import HookedStorage
-from tests.support.made_checkpoints import KEYS, make_checkpoint, values_of, whole
+from tests.support.made_checkpoints import KEYS, make_checkpoint, values_of
 
 # two files of three blocks each
 SHAPES = {"matrix": (1200, 1000), "head": (400, 1000), "bias": (78,)}
@@ -48,7 +49,7 @@ def read_all(checkpoint: Checkpoint) -> None:
 
     reader = BlockReader(checkpoint.storage, checkpoint.name, checkpoint.manifest.files)
     for number, (name, shape) in enumerate(checkpoint.index.shapes.items()):
-        part = whole(shape, name)
+        part = Range.whole(name, shape)
         for key in (MASTER, *KEYS) if number < checkpoint.index.num_parameters else (MASTER,):
             target = np.empty(len(part), np.float32)
             reader.run(jobs_for(checkpoint, part, key, target))

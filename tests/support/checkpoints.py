@@ -16,7 +16,7 @@ from megadlcm.checkpoint.folder import (
     storage_of,
 )
 from megadlcm.checkpoint.format import MASTER
-from megadlcm.checkpoint.index import Piece, Range
+from megadlcm.checkpoint.index import Range
 from megadlcm.checkpoint.reading import BlockReader, jobs_for
 from megadlcm.checkpoint.resume import fresh_state, resume
 from megadlcm.checkpoint.storage import LocalStorage
@@ -61,7 +61,7 @@ def whole_tensor(checkpoint: Checkpoint, name: str, key: str) -> Tensor:
     """A tensor of a checkpoint, whatever its slices."""
     shape = checkpoint.index.shapes[name]
     whole = torch.empty(shape)
-    part = Range(name, piece := Piece((0,) * len(shape), shape), 0, piece.size)
+    part = Range.whole(name, shape)
     jobs = jobs_for(checkpoint, part, key, whole.view(-1).numpy())
     BlockReader(checkpoint.storage, checkpoint.name, checkpoint.manifest.files).run(jobs)
     return whole

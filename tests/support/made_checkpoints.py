@@ -23,7 +23,7 @@ from megadlcm.checkpoint.format import (
     rank_file_name,
     write_blocks,
 )
-from megadlcm.checkpoint.index import Index, Piece, Range, Shape
+from megadlcm.checkpoint.index import Index, Range, Shape
 from megadlcm.checkpoint.storage import CheckpointStorage, LocalStorage
 from megadlcm.run_folder import files
 
@@ -131,9 +131,3 @@ class _Maker:
                     own = fingerprint(values, part, self.shapes[part.tensor])
                     self.sums[part.tensor][column] += own
                     yield values.data.cast("B")
-
-
-def whole(shape: Shape, name: str) -> Range:
-    """All of a tensor."""
-    piece = Piece((0,) * len(shape), shape)
-    return Range(name, piece, 0, piece.size)
